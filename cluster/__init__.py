@@ -1,0 +1,1 @@
+"""Control plane: who runs where, what runs next."""

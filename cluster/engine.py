@@ -1,0 +1,306 @@
+"""The loop that serves: schedule → submit → apply → stream.
+
+One thread owns the pipeline. Requests enter from the event loop and their tokens go back to it, one
+hand-over per step. The scheduler is shared under one lock, held for well under a millisecond.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+
+from tightfit.cluster.errors import UnavailableError
+from tightfit.cluster.metrics import Metrics
+from tightfit.cluster.pipeline import Completed, Pipeline
+from tightfit.cluster.request import FinishReason, Request, TokenEvent
+from tightfit.cluster.scheduling.batching import Scheduler, SchedulerCounts
+from tightfit.workers.api import StageStatus
+
+log = logging.getLogger(__name__)
+
+DEADLINE_POLL_S = 0.05
+IDLE_POLL_S = 1.0
+STALL_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What is served."""
+
+    name: str
+    """Name that requests may carry."""
+    family: str
+    num_layers: int
+    vocab_size: int
+    max_context_tokens: int
+    """Prompt and output together, at most."""
+    weight_format: str
+    eos_token_ids: frozenset[int]
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeploymentStatus:
+    """A snapshot of the whole deployment."""
+
+    model: ModelInfo
+    health: str
+    """"ok", "idle", "stalled", "failed" or "draining"."""
+    reason: str
+    """Why it is failed; empty otherwise."""
+    epoch: int
+    num_in_flight: int
+    counts: SchedulerCounts
+    stages: tuple[StageStatus, ...]
+
+
+class RequestStream:
+    """The events of one request, in order; made by `Engine.submit`, read in the event loop."""
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self._engine = engine
+        self._request = request
+        self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        self._unfinished = request.sampling.n
+
+    @property
+    def request_id(self) -> str:
+        """Identity of the request."""
+        return self._request.request_id
+
+    def push(self, event: TokenEvent) -> None:
+        """Add an event; in the event loop only."""
+        self._events.put_nowait(event)
+
+    @property
+    def has_waiting(self) -> bool:
+        """An event can be taken at once."""
+        return not self._events.empty()
+
+    def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        if self._unfinished == 0:
+            raise StopAsyncIteration
+        event = await self._events.get()
+        if event.finish_reason is not None:
+            self._unfinished -= 1
+        return event
+
+    def cancel(self, reason: FinishReason = FinishReason.CANCELLED) -> None:
+        """End every sequence of the request; its KV blocks are free when this returns."""
+        self._engine.cancel(self._request.request_id, reason)
+
+    def finish(self, index: int, reason: FinishReason) -> None:
+        """End one of the request's sequences, as when a stop string was found."""
+        self._engine.finish(self._request.request_id, index, reason)
+
+
+class Engine:
+    """Serves requests on one pipeline.
+
+    Args:
+        scheduler: decides what runs next; used by this engine only.
+        pipeline: connected to loaded stages.
+        model: what is served.
+        metrics: where to count.
+        stage_statuses: asks the stages for their state; may be called from any thread.
+        stall_s: seconds without a result, with work in flight, after which health is "stalled".
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        pipeline: Pipeline,
+        *,
+        model: ModelInfo,
+        metrics: Metrics,
+        stage_statuses: Callable[[], Sequence[StageStatus]] = tuple,
+        stall_s: float = STALL_S,
+    ) -> None:
+        self.model_info = model
+        self._scheduler = scheduler
+        self._pipeline = pipeline
+        self._metrics = metrics
+        self._stage_statuses = stage_statuses
+        self._stall_s = stall_s
+        self._lock = threading.Lock()
+        self._streams: dict[str, RequestStream] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._failure = ""
+        self._draining = False
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # -- in the event loop -------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to serve; call in the event loop that will read the streams."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def submit(self, request: Request) -> RequestStream:
+        """Queue a request.
+
+        Raises:
+            OverloadedError: a queue is full.
+            InvalidRequestError: it can never run here.
+            UnavailableError: the pipeline has failed, or the service is draining.
+        """
+        if self._failure:
+            raise UnavailableError(self._failure)
+        if self._draining:
+            raise UnavailableError("the service is shutting down and takes no new requests")
+        stream = RequestStream(self, request)
+        with self._lock:
+            events = self._scheduler.add(request, time.monotonic())
+            self._streams[request.request_id] = stream
+        self._dispatch(events)
+        self._pipeline.wake()
+        return stream
+
+    def _dispatch(self, events: Sequence[TokenEvent]) -> None:
+        """Give events to the streams that wait for them; in the event loop."""
+        for event in events:
+            stream = self._streams.get(event.request_id)
+            if stream is None:
+                continue
+            stream.push(event)
+            if event.finish_reason is not None:
+                self._forget_when_done(event.request_id)
+
+    def _forget_when_done(self, request_id: str) -> None:
+        with self._lock:
+            if not self._scheduler.has_request(request_id):
+                self._streams.pop(request_id, None)
+
+    # -- from any thread ---------------------------------------------------------------------
+
+    def cancel(self, request_id: str, reason: FinishReason) -> None:
+        """End a request; does nothing when it has ended."""
+        with self._lock:
+            events = self._scheduler.cancel(request_id, reason)
+        self._deliver(events)
+        self._pipeline.wake()  # what waited for the freed blocks can run now
+
+    def finish(self, request_id: str, index: int, reason: FinishReason) -> None:
+        """End one sequence of a request; does nothing when it has ended."""
+        with self._lock:
+            events = self._scheduler.finish(request_id, index, reason)
+        self._deliver(events)
+
+    def drain(self) -> None:
+        """Take no new requests; running ones go on."""
+        self._draining = True
+
+    @property
+    def is_draining(self) -> bool:
+        """`drain` was called."""
+        return self._draining
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that have not ended."""
+        return len(self._streams)
+
+    def fail(self, reason: str) -> None:
+        """End every request with UNAVAILABLE and refuse new ones."""
+        if self._failure or self._stopping.is_set():
+            return
+        log.error("the pipeline has failed: %s", reason)
+        self._failure = reason
+        with self._lock:
+            events = self._scheduler.fail_all(reason)
+        self._deliver(events)
+
+    @property
+    def failure(self) -> str:
+        """Why the pipeline can no longer serve; empty while it can."""
+        return self._failure
+
+    @property
+    def health(self) -> str:
+        """"failed", "stalled", "draining", "ok" (a step is under way) or "idle"."""
+        if self._failure:
+            return "failed"
+        if self._pipeline.oldest_age_s > self._stall_s:
+            return "stalled"
+        if self._draining:
+            return "draining"
+        return "ok" if self._pipeline.num_in_flight else "idle"
+
+    def status(self) -> DeploymentStatus:
+        """A snapshot; asks the stages, so it can take some milliseconds."""
+        with self._lock:
+            counts = self._scheduler.counts()
+        return DeploymentStatus(
+            model=self.model_info,
+            health=self.health,
+            reason=self._failure,
+            epoch=self._pipeline.epoch,
+            num_in_flight=self._pipeline.num_in_flight,
+            counts=counts,
+            stages=() if self._failure else tuple(self._stage_statuses()),
+        )
+
+    def stop(self) -> None:
+        """End the loop and every request; returns when the thread has ended."""
+        self._stopping.set()
+        with self._lock:
+            events = self._scheduler.fail_all("the service has stopped")
+        self._deliver(events)
+        if self._thread.ident is not None:
+            self._pipeline.wake()
+            self._thread.join(timeout=5)
+        self._pipeline.close()
+
+    def _deliver(self, events: Sequence[TokenEvent]) -> None:
+        if events and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._dispatch, events)
+
+    # -- the engine's thread -----------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                self._step()
+        except UnavailableError as error:
+            self.fail(str(error))
+        except Exception as error:
+            log.exception("the engine's loop ended")
+            self.fail(f"internal error in the engine: {error!r}")
+
+    def _step(self) -> None:
+        """Fill the pipeline, wait for one result, apply it, refill, and only then hand out tokens."""
+        self._fill()
+        completed = self._pipeline.next_result(DEADLINE_POLL_S if self._streams else IDLE_POLL_S)
+        now_s = time.monotonic()
+        with self._lock:
+            events = list(self._scheduler.expire(now_s))
+            if completed is not None and not self._failure:
+                events += self._scheduler.apply(completed.slices, completed.result, now_s)
+        if completed is not None:
+            self._fill()
+            self._count(completed)
+        self._deliver(events)
+
+    def _fill(self) -> None:
+        while self._pipeline.has_room and not self._failure:
+            with self._lock:
+                slices = self._scheduler.next_micro_batch(time.monotonic())
+            if slices is None:
+                return
+            self._pipeline.submit(slices)
+
+    def _count(self, completed: Completed) -> None:
+        self._metrics.observe_step(
+            wall_s=completed.wall_s, forward_s=completed.result.forward_s, alone=completed.alone
+        )
+        with self._lock:
+            counts = self._scheduler.counts()
+        self._metrics.set_counts(counts)

@@ -1,0 +1,338 @@
+"""Starts stages as Ray actors, wires them, watches them, ends them. The only module here that calls Ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from tightfit.cluster.errors import ConfigError, PlacementError, UnavailableError
+from tightfit.cluster.pipeline import LinkedStages
+from tightfit.workers.actor import StageActor
+from tightfit.workers.api import LoadProgress, StageSpec, StageStatus
+from tightfit.workers.errors import WorkerError
+
+log = logging.getLogger(__name__)
+
+CONTROL_TIMEOUT_S = 30.0
+PROGRESS_POLL_S = 0.25
+OBJECT_STORE_BYTES = 80 * 2**20
+"""Ray's least: no tensor ever goes through the object store."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayOptions:
+    """How to reach, or start, the Ray cluster."""
+
+    address: str | None = None
+    """None: start a private one on this machine; "auto" or host:port: join."""
+    num_cpus: int = 1
+    """Logical CPUs of a private cluster."""
+    threads_per_stage: int = 1
+    """CPUs that each stage reserves."""
+    gpus_per_stage: int = 0
+    strategy: str = "PACK"
+    """Ray's placement strategy for the stages: PACK, SPREAD, STRICT_PACK or STRICT_SPREAD."""
+    placement_timeout_s: float = 60.0
+    """How long to wait for the cluster to have room."""
+
+
+class RaySession:
+    """A connection to Ray; when the cluster is private, the cluster itself.
+
+    Raises:
+        ConfigError: the cluster at `address` cannot be reached.
+    """
+
+    def __init__(self, options: RayOptions) -> None:
+        self.options = options
+        self._was_connected = ray.is_initialized()
+        self._temp_dir: str | None = None
+        self._processes: list[psutil.Process] = []
+        if self._was_connected:
+            return
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        common: dict[str, Any] = {
+            "logging_level": logging.WARNING,
+            "log_to_driver": False,
+            "namespace": f"tightfit-{os.getpid()}",
+        }
+        if options.address is None:
+            self._start_private(common)
+        else:
+            try:
+                ray.init(address=options.address, **common)
+            except (ConnectionError, RuntimeError) as error:
+                raise ConfigError(
+                    f"no Ray cluster answers at {options.address}: {error}. Start one with "
+                    "`ray start --head`, or leave the address out to start a private one"
+                ) from error
+
+    def _start_private(self, common: dict[str, Any]) -> None:
+        """Start Ray for this process alone, with a token that only its children know."""
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        self._temp_dir = tempfile.mkdtemp(prefix="tf-ray-")
+        before = set(psutil.Process().children(recursive=True))
+        ray.init(
+            address="local",
+            num_cpus=self.options.num_cpus,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=self._temp_dir,
+            **common,
+        )
+        self._processes = [
+            child for child in psutil.Process().children(recursive=True) if child not in before
+        ]
+
+    @property
+    def is_private(self) -> bool:
+        """This process started the cluster and ends it."""
+        return self._temp_dir is not None
+
+    def close(self) -> None:
+        """Disconnect; a private cluster's processes and files are gone when this returns."""
+        if self._was_connected:
+            return
+        if self._temp_dir is None:
+            ray.shutdown()
+            return
+        family = {*self._processes, *psutil.Process().children(recursive=True)}
+        for process in list(family):
+            try:
+                family.update(process.children(recursive=True))
+            except psutil.NoSuchProcess:
+                continue
+        ray.shutdown()
+        _, alive = psutil.wait_procs(family - {psutil.Process()}, timeout=3)
+        for process in alive:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(alive, timeout=2)
+        shutil.rmtree(self._temp_dir, ignore_errors=True)
+
+
+class StageGroup:
+    """The stages of one replica, from placement to end.
+
+    Args:
+        session: a connection to Ray.
+        specs: the stages, first to last.
+        on_lost: called once, from a thread, with the reason, when a stage ends unasked.
+    """
+
+    def __init__(
+        self,
+        session: RaySession,
+        specs: Sequence[StageSpec],
+        *,
+        on_lost: Callable[[str], None] | None = None,
+    ) -> None:
+        self._session = session
+        self.specs = tuple(specs)
+        self._on_lost = on_lost
+        self._group: PlacementGroup | None = None
+        self._actors: list[Any] = []
+        self._runs: list[Any] = []
+        self._closing = threading.Event()
+        self._watcher: threading.Thread | None = None
+        self._run_dir = tempfile.mkdtemp(prefix="tf-run-")
+        self._node_id = ray.get_runtime_context().get_node_id()
+        self._node_ips: set[str] = set()
+
+    # -- placement ---------------------------------------------------------------------------
+
+    def place(self) -> None:
+        """Reserve room for every stage and start its process.
+
+        Raises:
+            PlacementError: the cluster has no room within the time limit.
+        """
+        options = self._session.options
+        bundle: dict[str, float] = {"CPU": options.threads_per_stage}
+        if options.gpus_per_stage:
+            bundle["GPU"] = options.gpus_per_stage
+        self._group = placement_group([dict(bundle) for _ in self.specs], options.strategy)
+        if not self._group.wait(options.placement_timeout_s):
+            raise PlacementError(self._why_no_room(bundle))
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        several = len(nodes) > 1
+        for index, spec in enumerate(self.specs):
+            self._actors.append(self._start_actor(index, spec, bundle, several))
+
+    def _why_no_room(self, bundle: dict[str, float]) -> str:
+        wanted = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+        free = ray.available_resources()
+        there = "; ".join(
+            f"{node['NodeManagerAddress']}: "
+            + ", ".join(f"{node['Resources'].get(name, 0):g} {name}" for name in bundle)
+            for node in ray.nodes()
+            if node["Alive"]
+        )
+        now_free = ", ".join(f"{free.get(name, 0):g} {name}" for name in bundle)
+        return (
+            f"no room for {len(self.specs)} stage(s) of {wanted} each "
+            f"({self._session.options.strategy}) within "
+            f"{self._session.options.placement_timeout_s:g} s. The cluster has {there}; free now: "
+            f"{now_free}. Add a node, or ask for fewer stages or threads"
+        )
+
+    def _start_actor(self, index: int, spec: StageSpec, bundle: dict[str, float], tcp: bool) -> Any:
+        threads = str(spec.num_threads or self._session.options.threads_per_stage)
+        actor_class = ray.remote(StageActor)
+        return actor_class.options(
+            num_cpus=bundle["CPU"],
+            num_gpus=bundle.get("GPU", 0),
+            max_restarts=0,
+            max_task_retries=0,
+            max_concurrency=4,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                self._group, placement_group_bundle_index=index
+            ),
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "PYTHONSAFEPATH": "1"}},
+        ).remote(spec, self._run_dir, ray.util.get_node_ip_address() if tcp else None)
+
+    # -- loading -----------------------------------------------------------------------------
+
+    def load(
+        self,
+        *,
+        timeout_s: float,
+        progress: Callable[[int, LoadProgress], None] | None = None,
+    ) -> list[StageStatus]:
+        """Load every stage at once; returns what each measures then.
+
+        Raises:
+            WorkerError: a stage could not load; its own words.
+            UnavailableError: a stage's process ended, or the time limit passed.
+        """
+        deadline = time.monotonic() + timeout_s
+        loads = [actor.load.remote() for actor in self._actors]
+        pending = list(loads)
+        while pending:
+            done, pending = ray.wait(pending, num_returns=1, timeout=PROGRESS_POLL_S)
+            self._report(progress)
+            for ref in done:
+                self._result(ref, loads.index(ref))
+            if pending and time.monotonic() > deadline:
+                late = ", ".join(str(loads.index(ref)) for ref in pending)
+                raise UnavailableError(f"stage(s) {late} did not load within {timeout_s:g} s")
+        return [self._result(ref, index) for index, ref in enumerate(loads)]
+
+    def _report(self, progress: Callable[[int, LoadProgress], None] | None) -> None:
+        if progress is None:
+            return
+        for index, actor in enumerate(self._actors):
+            try:
+                progress(index, ray.get(actor.progress.remote(), timeout=CONTROL_TIMEOUT_S))
+            except ray.exceptions.RayError:
+                continue  # its load reports the reason
+
+    def _result(self, ref: Any, index: int) -> Any:
+        """A control call's result, with Ray's wrapping taken off its errors."""
+        try:
+            return ray.get(ref, timeout=CONTROL_TIMEOUT_S)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, WorkerError):
+                raise type(cause)(*cause.__reduce__()[1]) from None
+            raise UnavailableError(f"stage {index} failed: {cause!r}") from error
+        except ray.exceptions.GetTimeoutError as error:
+            raise UnavailableError(
+                f"stage {index} did not answer within {CONTROL_TIMEOUT_S:g} s"
+            ) from error
+        except ray.exceptions.RayActorError as error:
+            raise UnavailableError(f"stage {index}'s process ended: {error}") from error
+
+    # -- running -----------------------------------------------------------------------------
+
+    def connect(self, *, epoch: int) -> LinkedStages:
+        """Wire the links, first stage to last and back to us, and let the stages run."""
+        several = len([node for node in ray.nodes() if node["Alive"]]) > 1
+        ours = LinkedStages(
+            run_dir=self._run_dir,
+            node_id=self._node_id,
+            tcp_host=ray.util.get_node_ip_address() if several else None,
+        )
+        endpoints = [
+            self._result(actor.endpoint.remote(), index)
+            for index, actor in enumerate(self._actors)
+        ]
+        for index, onward in enumerate([*endpoints[1:], ours.endpoint]):
+            self._result(self._actors[index].connect.remote(onward, epoch), index)
+        ours.connect(endpoints[0])
+        self._runs = [actor.run.remote() for actor in self._actors]
+        self._watcher = threading.Thread(target=self._watch, name="stage-watch", daemon=True)
+        self._watcher.start()
+        return ours
+
+    def _watch(self) -> None:
+        """Report the first stage whose `run` ends before we ask for it."""
+        while not self._closing.is_set():
+            done, _ = ray.wait(self._runs, num_returns=1, timeout=0.5)
+            if done and not self._closing.is_set():
+                self._lost(self._runs.index(done[0]), done[0])
+                return
+
+    def _lost(self, index: int, run: Any) -> None:
+        try:
+            self._result(run, index)
+            reason = f"stage {index} ended"
+        except (WorkerError, UnavailableError) as error:
+            reason = str(error).splitlines()[0]
+        if self._on_lost is not None:
+            self._on_lost(reason)
+
+    def statuses(self) -> list[StageStatus]:
+        """What every stage reports of itself now."""
+        refs = [actor.status.remote() for actor in self._actors]
+        return [self._result(ref, index) for index, ref in enumerate(refs)]
+
+    def pids(self) -> list[int]:
+        """Process ids of the stages."""
+        return [status.pid for status in self.statuses()]
+
+    def close(self) -> None:
+        """End every stage and give its room back."""
+        self._closing.set()
+        stops = [actor.stop.remote() for actor in self._actors]
+        if stops:
+            ray.wait(stops, num_returns=len(stops), timeout=2)
+        if self._watcher is not None:
+            self._watcher.join(timeout=2)
+        for actor in self._actors:
+            ray.kill(actor)
+        if self._group is not None:
+            remove_placement_group(self._group)
+        shutil.rmtree(self._run_dir, ignore_errors=True)
+
+
+def resolve_model(model: str) -> Path:
+    """The checkpoint directory or GGUF file that MODEL names.
+
+    Raises:
+        ConfigError: nothing is there.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        return path.resolve()
+    raise ConfigError(
+        f"{model}: no such directory or GGUF file. Give a checkpoint directory (config.json with "
+        "safetensors or .bin shards) or a .gguf file"
+    )

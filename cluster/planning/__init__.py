@@ -1,0 +1,1 @@
+"""Which shard goes on which device."""

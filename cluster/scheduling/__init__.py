@@ -1,0 +1,1 @@
+"""What runs next: pure, deterministic, clock passed in."""

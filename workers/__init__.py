@@ -1,0 +1,1 @@
+"""Data plane: what runs in a device's process."""

@@ -1,0 +1,116 @@
+"""The Ray shell of a stage: life cycle and control calls. The only module of the data plane that knows Ray.
+
+Micro-batches never pass through Ray: `run` takes them from the link until it is told to stop, and its
+ObjectRef is the stage's sign of life.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+import traceback
+from dataclasses import replace
+
+import ray
+import torch
+
+from tightfit.workers.api import LoadProgress, StageSpec, StageStatus, StepResult
+from tightfit.workers.errors import StageError
+from tightfit.workers.link import Endpoint, Receiver, Sender, StepMessage
+from tightfit.workers.stage import Stage
+
+log = logging.getLogger(__name__)
+
+STOP_POLL_S = 0.2
+
+
+class StageActor:
+    """One stage in a process of its own. Calls run on several threads: `run` holds one of them."""
+
+    def __init__(self, spec: StageSpec, run_dir: str, tcp_host: str | None) -> None:
+        self._spec = spec
+        self._run_dir = run_dir
+        self._node_id = ray.get_runtime_context().get_node_id()
+        self._progress = LoadProgress(phase="waiting")
+        self._stop = threading.Event()
+        self._stage: Stage | None = None
+        self._sender: Sender | None = None
+        self._receiver = Receiver(
+            StepMessage,
+            run_dir=run_dir,
+            name=f"stage-{spec.stage_index}-{os.getpid()}",
+            node_id=self._node_id,
+            tcp_host=tcp_host,
+        )
+
+    def endpoint(self) -> Endpoint:
+        """Where this stage takes its micro-batches."""
+        return self._receiver.endpoint
+
+    def load(self) -> StageStatus:
+        """Read, quantise and hold the shard; returns what it measures then."""
+        try:
+            self._stage = Stage(self._spec, progress=self._note_progress)
+        except BaseException as error:
+            self._progress = replace(self._progress, phase="failed", message=str(error))
+            raise
+        self._progress = replace(self._progress, phase="ready")
+        return self.status()
+
+    def _note_progress(self, progress: LoadProgress) -> None:
+        self._progress = progress
+
+    def progress(self) -> LoadProgress:
+        """How far `load` has come; answers while it runs."""
+        return self._progress
+
+    def connect(self, onward: Endpoint, epoch: int) -> None:
+        """Send to this receiver from now on, and accept only this epoch."""
+        self._loaded().begin_epoch(epoch)
+        self._sender = Sender(onward, node_id=self._node_id)
+
+    def status(self) -> StageStatus:
+        """What the stage is, holds and has done."""
+        return self._loaded().status(node_id=self._node_id)
+
+    def _loaded(self) -> Stage:
+        if self._stage is None:
+            raise StageError(f"stage {self._spec.stage_index} has not been loaded")
+        return self._stage
+
+    def run(self) -> None:
+        """Compute micro-batches until `stop`. A step that fails ends the process: its KV cache is no
+        longer what the control plane believes, and an empty or wrong stage must not answer."""
+        stage, sender = self._loaded(), self._sender
+        if sender is None:
+            raise StageError(f"stage {self._spec.stage_index} has not been connected")
+        if self._spec.num_threads is not None:
+            torch.set_num_threads(self._spec.num_threads)  # per thread with OpenMP
+        while not self._stop.is_set():
+            received = self._receiver.receive(STOP_POLL_S)
+            if received is None:
+                continue
+            message, payload = received
+            try:
+                if stage.accepts(message.batch):
+                    sender.send(*stage.compute(message, payload))
+            except Exception as error:
+                self._give_up(sender, message, error)
+
+    def _give_up(self, sender: Sender, message: StepMessage, error: Exception) -> None:
+        log.error("stage %d: %s", self._spec.stage_index, traceback.format_exc())
+        if self._spec.is_last:
+            sender.send(
+                StepResult(
+                    epoch=message.batch.epoch, step=message.batch.step,
+                    error=f"stage {self._spec.stage_index}: {error}",
+                )
+            )  # fmt: skip
+        raise error
+
+    def stop(self) -> None:
+        """Let `run` return after the step that it is in, and leave no file behind."""
+        self._stop.set()
+        shutil.rmtree(self._run_dir, ignore_errors=True)

@@ -1,0 +1,216 @@
+"""What crosses the boundary between the control plane and a stage. Standard library only.
+
+Every message is self-contained: a stage keeps weights and KV cache, nothing else, so a step can be
+replayed on a fresh stage from its message and the steps before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingSpec:
+    """How the last stage draws one token of one sequence."""
+
+    temperature: float = 0.0
+    """0 is greedy; otherwise logits are divided by it."""
+    top_p: float = 1.0
+    """Smallest set of tokens whose probability reaches this, in (0, 1]."""
+    top_k: int = 0
+    """Most probable tokens kept; 0 keeps all."""
+    min_p: float = 0.0
+    """Tokens below this share of the most probable one are dropped, in [0, 1]."""
+    seed: int = 0
+    """64-bit key of the sequence; with the drawn token's position it decides the draw."""
+    repetition_penalty: float = 1.0
+    """Divides (multiplies, if negative) logits of tokens seen in prompt or output (CTRL, 1909.05858)."""
+    presence_penalty: float = 0.0
+    """Subtracted once from logits of tokens present in the output."""
+    frequency_penalty: float = 0.0
+    """Subtracted per occurrence from logits of tokens present in the output."""
+    logit_bias: list[tuple[int, float]] = field(default_factory=list)
+    """(token id, value added to its logit)."""
+    banned_token_ids: list[int] = field(default_factory=list)
+    """Tokens that cannot be drawn now (end tokens before `min_tokens`)."""
+    num_logprobs: int | None = None
+    """None: none wanted; 0: of the drawn token; k: and of the k most probable tokens."""
+    history_token_ids: list[int] = field(default_factory=list)
+    """Prompt and output tokens so far; filled only when a penalty is set."""
+    num_prompt_tokens: int = 0
+    """How many of `history_token_ids` belong to the prompt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceSlice:
+    """One sequence's share of a micro-batch: some consecutive tokens of it."""
+
+    sequence_id: int
+    """Identity of the sequence, unique in a deployment's life."""
+    start_position: int
+    """Position of the first token here = tokens of this sequence already in the KV cache."""
+    token_ids: list[int]
+    """Tokens to compute, at least one."""
+    block_table: list[int]
+    """KV block ids that cover positions 0 .. start_position + len(token_ids) - 1, in order."""
+    sampling: SamplingSpec | None = None
+    """Set when the last token's logits are to be sampled."""
+    score_targets: list[int] = field(default_factory=list)
+    """When not empty, one token id per entry of a prefix of `token_ids`: its log-probability as the
+    next token is returned."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """The tokens that travel through the pipeline together."""
+
+    epoch: int
+    """Generation of the replica; a stage refuses any other than its own."""
+    step: int
+    """Number of the micro-batch in its epoch, from 0, without gaps."""
+    slices: list[SequenceSlice]
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of hidden state that travel."""
+        return sum(len(s.token_ids) for s in self.slices)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledToken:
+    """A drawn token. Log-probabilities are natural, of the model's unmodified logits."""
+
+    sequence_id: int
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: list[tuple[int, float]] = field(default_factory=list)
+    """(token id, log-probability), most probable first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceScores:
+    """Log-probabilities of `score_targets` of one slice, in order."""
+
+    sequence_id: int
+    start_position: int
+    logprobs: list[float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What the last stage returns for one micro-batch."""
+
+    epoch: int
+    step: int
+    tokens: list[SampledToken] = field(default_factory=list)
+    scores: list[SequenceScores] = field(default_factory=list)
+    forward_s: list[float] = field(default_factory=list)
+    """Seconds each stage spent computing, first stage first."""
+    error: str | None = None
+    """Why the step failed; then there are no tokens and the replica is no longer usable."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageSpec:
+    """What one stage is to hold and how."""
+
+    model_path: str
+    """Checkpoint directory, or one GGUF file."""
+    stage_index: int
+    num_stages: int
+    first_layer: int
+    """First layer held."""
+    end_layer: int
+    """One past the last layer held."""
+    format: str
+    """Weight format of the linear layers: a value of `kernels.formats.Format`."""
+    device: str = "cpu"
+    """torch device name."""
+    memory_budget_bytes: int | None = None
+    """Most bytes for weights, KV cache and workspace together; None: no limit."""
+    block_size: int = 16
+    """Tokens in a KV block."""
+    num_kv_blocks: int | None = None
+    """KV blocks to allocate; None: as many as the budget leaves, at most `max_kv_blocks`."""
+    max_kv_blocks: int = 4096
+    """Upper bound when `num_kv_blocks` is None."""
+    max_batch_tokens: int = 512
+    """Most tokens in a micro-batch; sizes the workspace."""
+    num_threads: int | None = None
+    """CPU threads for arithmetic; None: torch's default."""
+
+    @property
+    def is_first(self) -> bool:
+        """Holds the embedding."""
+        return self.stage_index == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Holds the final norm, the LM head and the sampler."""
+        return self.stage_index == self.num_stages - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadProgress:
+    """How far a stage's load has come."""
+
+    phase: str
+    """"waiting", "loading", "calibrating", "ready" or "failed"."""
+    bytes_done: int = 0
+    """Checkpoint bytes read so far."""
+    bytes_total: int = 0
+    """Checkpoint bytes this stage reads in all."""
+    elapsed_s: float = 0.0
+    message: str = ""
+    """What is being read, or why it failed."""
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Mean rate so far."""
+        return self.bytes_done / self.elapsed_s if self.elapsed_s > 0 else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the mean rate so far; None before anything was read."""
+        rate = self.bytes_per_s
+        return (self.bytes_total - self.bytes_done) / rate if rate > 0 else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageMemory:
+    """Bytes of one stage: predicted from shapes, measured from its tensors, RSS from the kernel."""
+
+    predicted_weight_bytes: int
+    weight_bytes: int
+    kv_cache_bytes: int
+    workspace_bytes: int
+    rss_anon_bytes: int
+    budget_bytes: int | None
+    num_kv_blocks: int
+
+    @property
+    def total_bytes(self) -> int:
+        """What counts against the budget."""
+        return self.weight_bytes + self.kv_cache_bytes + self.workspace_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageStatus:
+    """A running stage, as it reports itself."""
+
+    stage_index: int
+    first_layer: int
+    end_layer: int
+    format: str
+    device: str
+    node_id: str
+    pid: int
+    epoch: int
+    steps: int
+    """Micro-batches computed in this epoch."""
+    busy_s: float
+    """Seconds spent computing since the stage started."""
+    uptime_s: float
+    memory: StageMemory
+    crossover_tokens: dict[str, int] = field(default_factory=dict)
+    """Per operation: tokens from which on the many-token kernel is used."""

@@ -1,0 +1,1 @@
+"""Hugging Face families, each mapped to the one configured decoder."""
