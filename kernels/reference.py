@@ -1,0 +1,38 @@
+"""What every kernel computes, in plain torch. The reference is the specification."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tightfit.kernels.weights import INT8_MAX, Int8Weight
+
+OUTLIER_THRESHOLD = 6.0
+"""|x| from which a feature column is an outlier (arXiv 2208.07339, section 3.2)."""
+
+
+def int8_linear(x: Tensor, weight: Int8Weight) -> Tensor:
+    """Weight-only int8: x [T, K] times the dequantised weight, in x's dtype, [T, N]."""
+    return x @ weight.dequantize(x.dtype).T
+
+
+def llm_int8_linear(x: Tensor, weight: Int8Weight) -> Tensor:
+    """LLM.int8(): outlier feature columns in x's precision, the rest in int8 × int8 → int32.
+
+    A column k is an outlier when any |x[:, k]| ≥ 6. The other columns are quantised row by row with
+    their own absmax. y = (x8 · w8ᵀ) · sx · sw + x_out · W_outᵀ.
+
+    Args:
+        x: [T, K] floating.
+        weight: [N, K].
+    Returns:
+        [T, N], dtype of x.
+    """
+    outlier = (x.abs() >= OUTLIER_THRESHOLD).any(dim=0)
+    regular = torch.where(outlier, torch.zeros_like(x), x)
+    scale_x = regular.abs().amax(dim=1, keepdim=True) / INT8_MAX
+    scale_x = torch.where(scale_x == 0, torch.ones_like(scale_x), scale_x)
+    x8 = (regular / scale_x).round().clamp(-INT8_MAX, INT8_MAX)
+    dot = (x8.double() @ weight.values.double().T).to(x.dtype)  # exact: integers below 2^53
+    y = dot * scale_x * weight.scale.to(x.dtype)
+    return y + x[:, outlier] @ weight.dequantize(x.dtype)[:, outlier].T

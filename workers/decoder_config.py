@@ -1,0 +1,317 @@
+"""The one decoder's configuration. No torch here: the planner reads it too.
+
+Roles name the tensors of a checkpoint independently of its family; a family file maps them to the
+checkpoint's names. L layers, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from tightfit.workers.errors import UnsupportedModelError
+
+HFConfig = Mapping[str, Any]
+
+
+class Position(Enum):
+    """How positions enter."""
+
+    ALIBI = "alibi"
+    LEARNED = "learned"
+    ROTARY = "rotary"
+
+
+class Norm(Enum):
+    """Kind of normalisation."""
+
+    LAYER = "layer"
+    RMS = "rms"
+
+
+class Activation(Enum):
+    """Nonlinearity of the MLP."""
+
+    RELU = "relu"
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
+    SILU = "silu"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rope:
+    """Rotary position embedding and its scaling (names as in Hugging Face's rope_parameters)."""
+
+    theta: float
+    kind: str = "default"
+    """"default", "linear", "dynamic", "llama3" or "yarn"."""
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    """Multiplies cos and sin."""
+    truncate: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorNames:
+    """Role → name in the checkpoint, without ".weight"/".bias"; "{i}" is the layer's number."""
+
+    prefixes: tuple[str, ...]
+    """What may stand before every name but `head`; the first that the checkpoint has is used."""
+    embedding: str
+    position: str = ""
+    embedding_norm: str = ""
+    project_in: str = ""
+    project_out: str = ""
+    final_norm: str = ""
+    head: str = "lm_head"
+    attn_norm: str
+    qkv: tuple[str, ...]
+    """One fused name, or q, k, v."""
+    attn_out: str
+    mlp_norm: str
+    mlp_up: tuple[str, ...]
+    """One name, or gate, up."""
+    mlp_down: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderConfig:
+    """Everything that the decoder does differently from model to model."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_position: int
+    """Longest context, prompt and output together, in tokens."""
+    position: Position
+    norm: Norm
+    norm_eps: float
+    norm_bias: bool = True
+    """LayerNorm has weight and bias (RMSNorm never has a bias)."""
+    norm_affine: bool = True
+    """The norms have weights at all."""
+    pre_norm: bool = True
+    """Norm before attention and MLP; else after the residual sum (OPT-350m)."""
+    final_norm: bool = True
+    embedding_norm: bool = False
+    residual_from_norm: bool = False
+    """The residual is taken after the norm (BLOOM's apply_residual_connection_post_layernorm)."""
+    activation: Activation
+    gated_mlp: bool = False
+    qkv_bias: bool = True
+    attn_out_bias: bool = True
+    mlp_bias: bool = True
+    fused_qkv_by_head: bool = False
+    """The fused weight's rows are ordered [H, (q, k, v), D] (BLOOM)."""
+    embedding_size: int
+    """Width of the embedding; projected to hidden_size when it differs (OPT-350m)."""
+    learned_positions: int = 0
+    """Rows of the learned position table."""
+    position_offset: int = 0
+    """Added to a position before the table is read (OPT: 2)."""
+    rope: Rope | None = None
+    tied_head: bool
+    eos_token_ids: frozenset[int]
+    bos_token_id: int | None
+    names: TensorNames
+    notes: tuple[str, ...] = ()
+    """What the operator should know, such as a context cut to the sliding window."""
+
+    @property
+    def qkv_out(self) -> int:
+        """Output features of the merged Q, K and V."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    @property
+    def mlp_up_out(self) -> int:
+        """Output features of the merged gate and up."""
+        return self.intermediate_size * (2 if self.gated_mlp else 1)
+
+    @property
+    def is_projected(self) -> bool:
+        """The embedding is narrower than the hidden states."""
+        return self.embedding_size != self.hidden_size
+
+    @property
+    def largest_layer_elements(self) -> int:
+        """Parameters of the linear layers of one block."""
+        attention = self.hidden_size * (self.qkv_out + self.num_heads * self.head_dim)
+        return attention + self.hidden_size * (self.mlp_up_out + self.intermediate_size)
+
+    # -- what a checkpoint must hold ---------------------------------------------------------
+
+    def layer_tensors(self, i: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(name, shape) of every tensor of layer `i`, without prefix."""
+        n, hidden, attn = self.names, self.hidden_size, self.num_heads * self.head_dim
+        kv = self.num_kv_heads * self.head_dim
+        yield from self.norm_tensors(n.attn_norm.format(i=i))
+        widths = (self.qkv_out,) if len(n.qkv) == 1 else (attn, kv, kv)
+        for name, width in zip(n.qkv, widths, strict=True):
+            yield from _linear(name.format(i=i), width, hidden, self.qkv_bias)
+        yield from _linear(n.attn_out.format(i=i), hidden, attn, self.attn_out_bias)
+        yield from self.norm_tensors(n.mlp_norm.format(i=i))
+        for name in n.mlp_up:
+            yield from _linear(name.format(i=i), self.intermediate_size, hidden, self.mlp_bias)
+        yield from _linear(n.mlp_down.format(i=i), hidden, self.intermediate_size, self.mlp_bias)
+
+    def embedding_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(name, shape) of what the first stage holds besides layers, without prefix."""
+        n = self.names
+        yield f"{n.embedding}.weight", (self.vocab_size, self.embedding_size)
+        if self.position is Position.LEARNED:
+            yield f"{n.position}.weight", (self.learned_positions, self.hidden_size)
+        if self.embedding_norm:
+            yield from self.norm_tensors(n.embedding_norm)
+        if self.is_projected:
+            yield f"{n.project_in}.weight", (self.hidden_size, self.embedding_size)
+
+    def head_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(name, shape) of what the last stage holds besides layers, without prefix.
+
+        An untied head's own name (`names.head`) never has a prefix.
+        """
+        n = self.names
+        if self.final_norm:
+            yield from self.norm_tensors(n.final_norm)
+        if self.is_projected:
+            yield f"{n.project_out}.weight", (self.embedding_size, self.hidden_size)
+        head = n.embedding if self.tied_head else n.head
+        yield f"{head}.weight", (self.vocab_size, self.embedding_size)
+
+    def norm_tensors(self, name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(name, shape) of one norm's tensors."""
+        if self.norm_affine:
+            yield f"{name}.weight", (self.hidden_size,)
+            if self.norm is Norm.LAYER and self.norm_bias:
+                yield f"{name}.bias", (self.hidden_size,)
+
+
+def _linear(
+    name: str, n_out: int, n_in: int, bias: bool
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (n_out, n_in)
+    if bias:
+        yield f"{name}.bias", (n_out,)
+
+
+class ConfigReader:
+    """Typed look-ups in a config.json, with errors that name the key."""
+
+    def __init__(self, config: HFConfig) -> None:
+        self._config = config
+
+    def integer(self, *keys: str, default: int | None = None) -> int:
+        """The first key that is there, a positive integer."""
+        for key in keys:
+            value = self._config.get(key)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+                raise UnsupportedModelError(f"config.json: {key} is {value!r}, not a positive integer")
+            return value
+        if default is None:
+            raise UnsupportedModelError(f"config.json has no {' or '.join(keys)}")
+        return default
+
+    def number(self, key: str, default: float) -> float:
+        """A finite number."""
+        value = self._config.get(key)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UnsupportedModelError(f"config.json: {key} is {value!r}, not a number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """A boolean."""
+        value = self._config.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise UnsupportedModelError(f"config.json: {key} is {value!r}, not true or false")
+        return value
+
+    def activation(self, key: str, default: str) -> Activation:
+        """A supported nonlinearity by Hugging Face's name."""
+        name = self._config.get(key, default)
+        if name not in ACTIVATIONS:
+            raise UnsupportedModelError(
+                f"config.json: {key} is {name!r}; supported are {', '.join(ACTIVATIONS)}"
+            )
+        return ACTIVATIONS[name]
+
+    def only(self, key: str, *allowed: object) -> None:
+        """Refuse any other value than these, or absence."""
+        value = self._config.get(key)
+        if value is not None and value not in allowed:
+            raise UnsupportedModelError(
+                f"config.json: {key} is {value!r}, which is not supported "
+                f"(supported: {', '.join(map(repr, allowed)) or 'absent'})"
+            )
+
+    def eos_token_ids(self) -> frozenset[int]:
+        """One id or a list of them."""
+        value = self._config.get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        return frozenset(int(i) for i in ids)
+
+
+ACTIVATIONS = {
+    "relu": Activation.RELU,
+    "gelu": Activation.GELU,
+    "gelu_new": Activation.GELU_TANH,
+    "gelu_pytorch_tanh": Activation.GELU_TANH,
+    "silu": Activation.SILU,
+    "swish": Activation.SILU,
+}
+
+
+def families() -> dict[str, Callable[[HFConfig], DecoderConfig]]:
+    """model_type → its family's mapping. A new family is one file and one line here."""
+    from tightfit.workers.families import bloom, llama, opt
+
+    return {
+        "bloom": bloom.from_config,
+        "opt": opt.from_config,
+        "llama": llama.from_config,
+        "mistral": llama.from_mistral_config,
+        "qwen2": llama.from_qwen2_config,
+    }
+
+
+def decoder_config(config: HFConfig) -> DecoderConfig:
+    """The decoder's configuration out of a checkpoint's config.json.
+
+    Raises:
+        UnsupportedModelError: an unknown family or setting, by its name, with what is supported.
+    """
+    known = families()
+    model_type = config.get("model_type")
+    if model_type not in known:
+        raise UnsupportedModelError(
+            f"config.json: model_type is {model_type!r}; supported are {', '.join(sorted(known))}"
+        )
+    if config.get("quantization_config") is not None:
+        raise UnsupportedModelError(
+            "config.json: quantization_config: checkpoints that are already quantised by others "
+            "are not supported yet; use the 16-bit checkpoint and choose a --format"
+        )
+    decoder = known[model_type](config)
+    if decoder.num_heads % decoder.num_kv_heads:
+        raise UnsupportedModelError(
+            f"config.json: {decoder.num_heads} heads do not divide into "
+            f"{decoder.num_kv_heads} KV heads"
+        )
+    return decoder

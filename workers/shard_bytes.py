@@ -1,0 +1,120 @@
+"""Bytes of shards, from shapes alone. No torch: the planner and the stage share these formulas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tightfit.kernels.formats import BYTES_PER_ELEMENT, Format, activation_dtype, linear_bytes
+from tightfit.workers.decoder_config import DecoderConfig, Norm, Position
+
+MAX_LOGIT_ROWS = 64
+"""Rows of logits in memory at once; more are computed in several goes."""
+SCRATCH_ROWS = 4096
+"""Output channels that `kernels.cpu.int8_dequantized` widens at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelBytes:
+    """Weights of a whole model in one format, by where they go."""
+
+    embedding: int
+    """Embedding, position table and their norm and projection: on the first stage."""
+    layers: tuple[int, ...]
+    """Each layer."""
+    head: int
+    """Final norm, projection and LM head: on the last stage, unless shared with the embedding."""
+    head_shared: bool
+    """A single stage holds embedding and head once, because they are the same tensor."""
+
+
+def act_bytes(fmt: Format) -> int:
+    """Bytes of one element of hidden state, norm, embedding or KV cache."""
+    return BYTES_PER_ELEMENT[activation_dtype(fmt)]
+
+
+def _norm_bytes(config: DecoderConfig, fmt: Format) -> int:
+    if not config.norm_affine:
+        return 0
+    vectors = 2 if config.norm is Norm.LAYER and config.norm_bias else 1
+    return vectors * config.hidden_size * act_bytes(fmt)
+
+
+def layer_bytes(config: DecoderConfig, fmt: Format) -> int:
+    """Weights of one layer."""
+    attn = config.num_heads * config.head_dim
+    return (
+        2 * _norm_bytes(config, fmt)
+        + linear_bytes(fmt, config.qkv_out, config.hidden_size, bias=config.qkv_bias)
+        + linear_bytes(fmt, config.hidden_size, attn, bias=config.attn_out_bias)
+        + linear_bytes(fmt, config.mlp_up_out, config.hidden_size, bias=config.mlp_bias)
+        + linear_bytes(fmt, config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+    )
+
+
+def embedding_bytes(config: DecoderConfig, fmt: Format) -> int:
+    """What the first stage holds besides its layers."""
+    total = config.vocab_size * config.embedding_size * act_bytes(fmt)
+    if config.position is Position.LEARNED:
+        total += config.learned_positions * config.hidden_size * act_bytes(fmt)
+    if config.embedding_norm:
+        total += _norm_bytes(config, fmt)
+    if config.is_projected:
+        total += linear_bytes(fmt, config.hidden_size, config.embedding_size)
+    return total
+
+
+def head_is_shared(config: DecoderConfig, fmt: Format) -> bool:
+    """A stage that holds both ends keeps the tied tensor once: when both want it in the same format."""
+    return config.tied_head and fmt in (Format.FP32, Format.BF16)
+
+
+def head_bytes(config: DecoderConfig, fmt: Format, *, shared: bool = False) -> int:
+    """What the last stage holds besides its layers."""
+    total = _norm_bytes(config, fmt) if config.final_norm else 0
+    if config.is_projected:
+        total += linear_bytes(fmt, config.embedding_size, config.hidden_size)
+    return total if shared else total + linear_bytes(fmt, config.vocab_size, config.embedding_size)
+
+
+def model_bytes(config: DecoderConfig, fmt: Format) -> ModelBytes:
+    """Weights of the whole model in `fmt`."""
+    return ModelBytes(
+        embedding=embedding_bytes(config, fmt),
+        layers=(layer_bytes(config, fmt),) * config.num_layers,
+        head=head_bytes(config, fmt),
+        head_shared=head_is_shared(config, fmt),
+    )
+
+
+def shard_bytes(
+    config: DecoderConfig,
+    fmt: Format,
+    first_layer: int,
+    end_layer: int,
+    *,
+    has_embedding: bool,
+    has_head: bool,
+) -> int:
+    """Weights of one shard; equals what a loaded shard's tensors occupy."""
+    total = (end_layer - first_layer) * layer_bytes(config, fmt)
+    if has_embedding:
+        total += embedding_bytes(config, fmt)
+    if has_head:
+        shared = has_embedding and head_is_shared(config, fmt)
+        total += head_bytes(config, fmt, shared=shared)
+    return total
+
+
+def kv_block_bytes(config: DecoderConfig, fmt: Format, num_layers: int, block_size: int) -> int:
+    """One KV block on a shard of `num_layers` layers: keys and values of `block_size` tokens."""
+    per_token = 2 * config.num_kv_heads * config.head_dim * act_bytes(fmt)
+    return num_layers * block_size * per_token
+
+
+def workspace_bytes(config: DecoderConfig, fmt: Format, max_batch_tokens: int) -> int:
+    """Most bytes of activations, logits and scratch alive at once in a step (an upper estimate)."""
+    widest = max(config.qkv_out, 2 * config.mlp_up_out)
+    activations = max_batch_tokens * (3 * config.hidden_size + widest) * max(4, act_bytes(fmt))
+    logits = 3 * MAX_LOGIT_ROWS * config.vocab_size * 4
+    scratch = SCRATCH_ROWS * max(config.hidden_size, config.intermediate_size) * act_bytes(fmt)
+    return activations + logits + scratch
