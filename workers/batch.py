@@ -1,0 +1,207 @@
+"""A micro-batch as tensors, built once per step for all layers. T tokens, B sequences, S context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tightfit.workers.api import MicroBatch, SequenceSlice
+from tightfit.workers.decoder_config import DecoderConfig, Position
+from tightfit.workers.errors import StageError
+from tightfit.workers.positions import alibi_slopes, rotary_frequencies, rotary_rows
+
+PADDING_LIMIT = 2
+"""Decodes share one attention call while the longest context is at most this times the shortest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionGroup:
+    """Queries that one attention call answers: many one-token decodes, or one prefill chunk."""
+
+    rows: slice | Tensor
+    """Which rows of the micro-batch, in order."""
+    num_sequences: int
+    num_queries: int
+    """Tokens per sequence: 1 for decodes."""
+    context: int
+    """S, the longest context here, these tokens included."""
+    blocks: Tensor
+    """[B · blocks each] int64, tables padded with block 0."""
+    first_slot: int | None
+    """Set when one sequence's blocks lie in a row in memory: no gather is needed."""
+    mask: Tensor | None
+    """Additive, broadcastable to [B, heads, queries, S]; None: everything is visible (or causal)."""
+    causal: bool
+    """A whole prompt from position 0: plain causal attention."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchInputs:
+    """What every layer needs of a micro-batch."""
+
+    token_ids: Tensor
+    """[T] int64."""
+    positions: Tensor
+    """[T] int64."""
+    slots: Tensor
+    """[T] int64: where each token's keys and values go."""
+    groups: tuple[AttentionGroup, ...]
+    cos: Tensor | None
+    sin: Tensor | None
+    """Rotary models: [T, 1, D]."""
+
+
+class BatchBuilder:
+    """Builds the inputs of micro-batches for one shard.
+
+    Args:
+        config: the model.
+        dtype: of hidden states.
+        block_size, num_blocks: of the KV cache.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, *, dtype: torch.dtype, block_size: int, num_blocks: int
+    ) -> None:
+        self._config, self._dtype = config, dtype
+        self._block_size, self._num_blocks = block_size, num_blocks
+        self._slopes = (
+            alibi_slopes(config.num_heads) if config.position is Position.ALIBI else None
+        )
+        self._frequencies = rotary_frequencies(config.rope, config.head_dim) if config.rope else None
+
+    def build(self, batch: MicroBatch) -> BatchInputs:
+        """See `BatchInputs`.
+
+        Raises:
+            StageError: a block table that does not cover its tokens or names no such block.
+        """
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        decodes: list[tuple[int, SequenceSlice]] = []
+        groups: list[AttentionGroup] = []
+        for part in batch.slices:
+            self._check(part)
+            row = len(token_ids)
+            token_ids += part.token_ids
+            span = range(part.start_position, part.start_position + len(part.token_ids))
+            positions += span
+            size, table = self._block_size, part.block_table
+            slots += [table[p // size] * size + p % size for p in span]
+            if len(part.token_ids) == 1:
+                decodes.append((row, part))
+            else:
+                groups.append(self._prefill(row, part))
+        groups += self._decode_groups(decodes)
+        position_row = torch.tensor(positions)
+        cos, sin = self._rotary(position_row)
+        return BatchInputs(
+            token_ids=torch.tensor(token_ids),
+            positions=position_row,
+            slots=torch.tensor(slots),
+            groups=tuple(groups),
+            cos=cos,
+            sin=sin,
+        )
+
+    def _check(self, part: SequenceSlice) -> None:
+        end = part.start_position + len(part.token_ids)
+        if not part.token_ids or len(part.block_table) * self._block_size < end:
+            raise StageError(
+                f"sequence {part.sequence_id}: {len(part.block_table)} KV blocks of "
+                f"{self._block_size} do not cover positions {part.start_position} to {end - 1}"
+            )
+        if max(part.block_table) >= self._num_blocks or min(part.block_table) < 0:
+            raise StageError(
+                f"sequence {part.sequence_id}: block table {part.block_table} names a block that "
+                f"this stage does not have (0 to {self._num_blocks - 1})"
+            )
+
+    def _rotary(self, positions: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if self._frequencies is None or self._config.rope is None:
+            return None, None
+        return rotary_rows(
+            self._frequencies, positions, self._config.rope.attention_factor, self._dtype
+        )
+
+    def _prefill(self, row: int, part: SequenceSlice) -> AttentionGroup:
+        num, start = len(part.token_ids), part.start_position
+        context = start + num
+        table = part.block_table[: -(-context // self._block_size)]
+        causal = start == 0 and self._slopes is None
+        return AttentionGroup(
+            rows=slice(row, row + num),
+            num_sequences=1,
+            num_queries=num,
+            context=context,
+            blocks=torch.tensor(table),
+            first_slot=self._first_slot(table),
+            mask=None if causal else self._chunk_mask(start, num),
+            causal=causal,
+        )
+
+    def _chunk_mask(self, start: int, num: int) -> Tensor:
+        """[1, 1 or H, num, S]: causal from `start` on, with ALiBi's bias where there is one."""
+        distance = torch.arange(start + num)[None] - torch.arange(start, start + num)[:, None]
+        bias = torch.zeros(distance.shape).masked_fill_(distance > 0, float("-inf"))
+        if self._slopes is None:
+            return bias[None, None].to(self._dtype)
+        return (bias + self._slopes[:, None, None] * distance)[None].to(self._dtype)
+
+    def _first_slot(self, table: Sequence[int]) -> int | None:
+        first = table[0]
+        if table[-1] - first == len(table) - 1 and all(
+            block == first + i for i, block in enumerate(table)
+        ):
+            return first * self._block_size
+        return None
+
+    def _decode_groups(self, decodes: list[tuple[int, SequenceSlice]]) -> list[AttentionGroup]:
+        """Decodes of similar context share a call; padding never doubles the work."""
+        groups: list[AttentionGroup] = []
+        by_length = sorted(decodes, key=lambda decode: -decode[1].start_position)
+        while by_length:
+            longest = by_length[0][1].start_position + 1
+            members = [d for d in by_length if (d[1].start_position + 1) * PADDING_LIMIT >= longest]
+            by_length = by_length[len(members) :]
+            groups.append(self._decode_group(sorted(members, key=lambda d: d[0]), longest))
+        return groups
+
+    def _decode_group(
+        self, members: list[tuple[int, SequenceSlice]], context: int
+    ) -> AttentionGroup:
+        num_blocks = -(-context // self._block_size)
+        tables = [part.block_table[:num_blocks] for _, part in members]
+        first_row, count = members[0][0], len(members)
+        rows: slice | Tensor
+        if members[-1][0] - first_row == count - 1:
+            rows = slice(first_row, first_row + count)
+        else:
+            rows = torch.tensor([row for row, _ in members])
+        lengths = [part.start_position + 1 for _, part in members]
+        return AttentionGroup(
+            rows=rows,
+            num_sequences=count,
+            num_queries=1,
+            context=context,
+            blocks=torch.tensor([t + [0] * (num_blocks - len(t)) for t in tables]).flatten(),
+            first_slot=self._first_slot(tables[0]) if count == 1 else None,
+            mask=self._decode_mask(lengths, context),
+            causal=False,
+        )
+
+    def _decode_mask(self, lengths: list[int], context: int) -> Tensor | None:
+        """[B, 1 or KV heads, 1 or group, S]; None when every context is the longest and unbiased."""
+        if self._slopes is None and min(lengths) == context:
+            return None
+        distance = torch.arange(context)[None] - (torch.tensor(lengths) - 1)[:, None]  # [B, S]
+        bias = torch.zeros(distance.shape).masked_fill_(distance > 0, float("-inf"))
+        if self._slopes is None:
+            return bias[:, None, None].to(self._dtype)
+        biased = bias[:, None] + self._slopes[None, :, None] * distance[:, None]  # [B, H, S]
+        kv_heads = self._config.num_kv_heads
+        return biased.view(len(lengths), kv_heads, -1, context).to(self._dtype)

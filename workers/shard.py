@@ -1,0 +1,324 @@
+"""A shard: some consecutive layers, with the embedding or the head if it is at an end.
+
+Loading reads this shard's tensors only, layer by layer, straight into their final format: one layer at
+most is in memory at full precision.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from tightfit.kernels.dispatch import DTYPES, Linear, measure_crossover, quantize_linear
+from tightfit.kernels.formats import Format, activation_dtype
+from tightfit.workers.api import LoadProgress, MicroBatch, StageSpec
+from tightfit.workers.batch import BatchBuilder
+from tightfit.workers.checkpoint import Checkpoint
+from tightfit.workers.decoder import DecoderLayer, LayerWeights, NormLayer
+from tightfit.workers.decoder_config import DecoderConfig, Position
+from tightfit.workers.errors import CheckpointError, StageError
+from tightfit.workers.kv_cache import KVCache
+from tightfit.workers.shard_bytes import MAX_LOGIT_ROWS, head_is_shared
+
+Progress = Callable[[LoadProgress], None]
+
+
+class _Reader:
+    """A checkpoint seen through a model's names: prefix found, reads counted."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: DecoderConfig,
+        spec: StageSpec,
+        progress: Progress | None,
+    ) -> None:
+        self._checkpoint, self._config, self._spec = checkpoint, config, spec
+        self._report = progress
+        self._prefix = self._find_prefix()
+        wanted = [(self._full(name), shape) for name, shape in self._wanted()]
+        checkpoint.validate(wanted)
+        self._total = sum(checkpoint.nbytes(name) for name, _ in wanted)
+        self._done = 0
+        self._started = time.monotonic()
+
+    def _find_prefix(self) -> str:
+        names, n = self._checkpoint.names(), self._config.names
+        for prefix in n.prefixes:
+            if f"{prefix}{n.embedding}.weight" in names:
+                return prefix
+        candidates = " or ".join(f"{prefix}{n.embedding}.weight" for prefix in n.prefixes)
+        raise CheckpointError(
+            self._spec.model_path, None, f"there is no tensor {candidates}; is it a {n.head} model "
+            f"of the {self._config.family} family, complete?"
+        )  # fmt: skip
+
+    def _full(self, name: str) -> str:
+        own = f"{self._config.names.head}.weight"
+        return name if name == own else self._prefix + name
+
+    def _wanted(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        config, spec = self._config, self._spec
+        if spec.is_first:
+            yield from config.embedding_tensors()
+        for i in range(spec.first_layer, spec.end_layer):
+            yield from config.layer_tensors(i)
+        if spec.is_last:
+            yield from config.head_tensors()
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as stored."""
+        full = self._full(name)
+        tensor = self._checkpoint.read(full)
+        self._done += self._checkpoint.nbytes(full)
+        return tensor
+
+    def note(self, message: str, phase: str = "loading") -> None:
+        """Report how far the load has come."""
+        if self._report is not None:
+            self._report(
+                LoadProgress(
+                    phase=phase,
+                    bytes_done=min(self._done, self._total),
+                    bytes_total=self._total,
+                    elapsed_s=time.monotonic() - self._started,
+                    message=message,
+                )
+            )
+
+
+class ShardModel:
+    """The layers of one stage, loaded; made by `load`."""
+
+    def __init__(self, config: DecoderConfig, spec: StageSpec) -> None:
+        self.config, self.spec = config, spec
+        self.format = Format(spec.format)
+        self.dtype = DTYPES[activation_dtype(self.format)]
+        self.layers: list[DecoderLayer] = []
+        self.crossover_tokens: dict[str, int] = {}
+        self._embedding: Tensor | None = None
+        self._positions: Tensor | None = None
+        self._embedding_norm: NormLayer | None = None
+        self._project_in: Linear | None = None
+        self._project_out: Linear | None = None
+        self._final_norm: NormLayer | None = None
+        self._head: Linear | None = None
+        self._shared_head: Tensor | None = None
+        self._cache: KVCache | None = None
+        self._builder: BatchBuilder | None = None
+
+    # -- loading -----------------------------------------------------------------------------
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        config: DecoderConfig,
+        spec: StageSpec,
+        *,
+        progress: Progress | None = None,
+    ) -> ShardModel:
+        """Read and quantise this shard.
+
+        Raises:
+            CheckpointError: a tensor is missing, has another shape, or is not finite. Presence and shapes
+                are checked before anything is read.
+        """
+        shard = cls(config, spec)
+        reader = _Reader(checkpoint, config, spec, progress)
+        with torch.inference_mode():
+            if spec.is_first:
+                reader.note("embedding")
+                shard._load_embedding(reader)
+            for i in range(spec.first_layer, spec.end_layer):
+                reader.note(f"layer {i}")
+                shard.layers.append(
+                    DecoderLayer(config, shard._read_layer(reader, i), i - spec.first_layer)
+                )
+            if spec.is_last:
+                reader.note("head")
+                shard._load_head(reader)
+            reader.note("measuring kernels", phase="calibrating")
+            shard._set_crossovers()
+        return shard
+
+    def _linear(self, reader: _Reader, names: tuple[str, ...], bias: bool) -> Linear:
+        """One linear layer out of one or several stacked ones, quantised."""
+        try:
+            weights = [reader.read(f"{name}.weight") for name in names]
+            weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+            biases = [reader.read(f"{name}.bias") for name in names] if bias else []
+            return quantize_linear(
+                weight, torch.cat(biases) if biases else None, self.format, device=self.spec.device
+            )
+        except ValueError as error:
+            raise CheckpointError(self.spec.model_path, names[0], str(error)) from error
+
+    def _norm(self, reader: _Reader, name: str) -> NormLayer:
+        tensors = {
+            full.rpartition(".")[2]: reader.read(full).to(self.dtype).clone()
+            for full, _ in self.config.norm_tensors(name)
+        }
+        return NormLayer(self.config, tensors.get("weight"), tensors.get("bias"))
+
+    def _read_layer(self, reader: _Reader, i: int) -> LayerWeights:
+        config, n = self.config, self.config.names
+        qkv_names = tuple(name.format(i=i) for name in n.qkv)
+        if config.fused_qkv_by_head:
+            qkv = self._fused_by_head(reader, qkv_names[0])
+        else:
+            qkv = self._linear(reader, qkv_names, config.qkv_bias)
+        return LayerWeights(
+            attn_norm=self._norm(reader, n.attn_norm.format(i=i)),
+            qkv=qkv,
+            attn_out=self._linear(reader, (n.attn_out.format(i=i),), config.attn_out_bias),
+            mlp_norm=self._norm(reader, n.mlp_norm.format(i=i)),
+            mlp_up=self._linear(
+                reader, tuple(name.format(i=i) for name in n.mlp_up), config.mlp_bias
+            ),
+            mlp_down=self._linear(reader, (n.mlp_down.format(i=i),), config.mlp_bias),
+        )
+
+    def _fused_by_head(self, reader: _Reader, name: str) -> Linear:
+        """BLOOM's rows [H, (q, k, v), D] put as all q, all k, all v."""
+        heads, size = self.config.num_heads, self.config.head_dim
+        weight = reader.read(f"{name}.weight")
+        weight = weight.view(heads, 3, size, -1).transpose(0, 1).reshape(3 * heads * size, -1)
+        bias = None
+        if self.config.qkv_bias:
+            bias = reader.read(f"{name}.bias").view(heads, 3, size).transpose(0, 1).flatten()
+        try:
+            return quantize_linear(weight, bias, self.format, device=self.spec.device)
+        except ValueError as error:
+            raise CheckpointError(self.spec.model_path, name, str(error)) from error
+
+    def _load_embedding(self, reader: _Reader) -> None:
+        config, n = self.config, self.config.names
+        self._embedding = self._own(reader.read(f"{n.embedding}.weight"))
+        if config.position is Position.LEARNED:
+            self._positions = self._own(reader.read(f"{n.position}.weight"))
+        if config.embedding_norm:
+            self._embedding_norm = self._norm(reader, n.embedding_norm)
+        if config.is_projected:
+            self._project_in = self._linear(reader, (n.project_in,), bias=False)
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        own = torch.empty(tensor.shape, dtype=self.dtype)
+        own.copy_(tensor)
+        return own
+
+    def _load_head(self, reader: _Reader) -> None:
+        config, n = self.config, self.config.names
+        if config.final_norm:
+            self._final_norm = self._norm(reader, n.final_norm)
+        if config.is_projected:
+            self._project_out = self._linear(reader, (n.project_out,), bias=False)
+        if self.spec.is_first and head_is_shared(config, self.format):
+            self._shared_head = self._embedding
+        else:
+            self._head = self._linear(reader, (n.embedding if config.tied_head else n.head,), False)
+
+    def _linears(self) -> Iterator[tuple[str, Linear]]:
+        for layer in self.layers:
+            w = layer.weights
+            yield from (
+                ("qkv", w.qkv), ("attn_out", w.attn_out), ("mlp_up", w.mlp_up),
+                ("mlp_down", w.mlp_down),
+            )  # fmt: skip
+        if self._head is not None:
+            yield "head", self._head
+
+    def _set_crossovers(self) -> None:
+        """Measure each kind of linear layer once, on the first of its kind."""
+        for kind, linear in self._linears():
+            if not linear.has_many_op:
+                continue
+            if kind not in self.crossover_tokens:
+                self.crossover_tokens[kind] = measure_crossover(linear)
+            linear.crossover = self.crossover_tokens[kind]
+
+    # -- memory ------------------------------------------------------------------------------
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights held."""
+        tensors = (self._embedding, self._positions)
+        parts = (
+            self._embedding_norm, self._project_in, self._project_out, self._final_norm, self._head,
+        )  # fmt: skip
+        return (
+            sum(layer.weights.nbytes for layer in self.layers)
+            + sum(t.nbytes for t in tensors if t is not None)
+            + sum(p.nbytes for p in parts if p is not None)
+        )
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Bytes of the KV cache."""
+        return self._cache.nbytes if self._cache is not None else 0
+
+    def allocate_kv(self, num_blocks: int) -> None:
+        """Make the KV cache; an earlier one is forgotten."""
+        config = self.config
+        self._cache = KVCache(
+            num_layers=len(self.layers),
+            num_blocks=num_blocks,
+            block_size=self.spec.block_size,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=self.dtype,
+        )
+        self._builder = BatchBuilder(
+            config, dtype=self.dtype, block_size=self.spec.block_size, num_blocks=num_blocks
+        )
+
+    # -- computing ---------------------------------------------------------------------------
+
+    def forward(self, batch: MicroBatch, hidden: Tensor | None) -> Tensor:
+        """Run this shard's layers.
+
+        Args:
+            batch: T tokens.
+            hidden: [T, hidden_size] from the stage before, overwritten; None on the first stage.
+        Returns:
+            [T, hidden_size] after the last layer held, before any final norm.
+        Raises:
+            StageError: the KV cache is not allocated, or a block table is wrong.
+        """
+        if self._cache is None or self._builder is None:
+            raise StageError("the KV cache has not been allocated")
+        inputs = self._builder.build(batch)
+        if self._embedding is not None:
+            x = self._embed(inputs.token_ids, inputs.positions)
+        elif hidden is not None:
+            x = hidden
+        else:
+            raise StageError("a stage that is not the first needs hidden states")
+        for layer in self.layers:
+            x = layer(x, inputs, self._cache)
+        return x
+
+    def _embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        assert self._embedding is not None
+        x = self._embedding.index_select(0, token_ids)
+        if self._project_in is not None:
+            x = self._project_in(x)
+        if self._positions is not None:
+            x = x + self._positions.index_select(0, positions + self.config.position_offset)
+        return self._embedding_norm(x) if self._embedding_norm is not None else x
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Final norm and LM head: [n, hidden_size] → [n, vocab_size] fp32. Last stage only."""
+        if rows.shape[0] > MAX_LOGIT_ROWS:
+            raise StageError(f"{rows.shape[0]} rows of logits at once; at most {MAX_LOGIT_ROWS}")
+        x = self._final_norm(rows) if self._final_norm is not None else rows
+        if self._project_out is not None:
+            x = self._project_out(x)
+        if self._shared_head is not None:
+            return torch.nn.functional.linear(x, self._shared_head).float()
+        if self._head is None:
+            raise StageError("this stage does not hold the LM head")
+        return self._head(x.contiguous()).float()
