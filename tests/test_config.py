@@ -1,0 +1,171 @@
+"""Configuration files and the flags over them."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tightfit.cluster.config import (
+    SECTIONS,
+    ServeConfig,
+    client_config,
+    read_config_file,
+    serve_config,
+    split_address,
+)
+from tightfit.cluster.errors import ConfigError
+from tightfit.cluster.settings import settings
+
+EXAMPLES = sorted((Path(__file__).parent.parent / "configs" / "serve").glob("*.yaml"))
+
+
+def read(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return read_config_file(path)
+
+
+def test_a_file_and_flags_over_it_make_the_configuration(tmp_path):
+    file = read(
+        tmp_path, "serve:\n  model: m\n  stages: 3\n  format: bf16\n  memory_budget: 1.5GiB\n"
+    )
+    config = serve_config(file, {"stages": 2})
+    assert config.model == "m"
+    assert config.stages == 2
+    assert config.format == "bf16"
+    assert config.memory_budget_bytes == 3 * 2**29
+
+
+def test_an_empty_file_leaves_every_default(tmp_path):
+    config = serve_config(read(tmp_path, ""), {"model": "m", "threads_per_stage": 1})
+    assert config == ServeConfig(model="m")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("serve:\n  stagse: 2\n", r"serve\.stagse is not a setting; did you mean serve\.stages\?"),
+        ("server:\n  stages: 2\n", r"server is not a setting; did you mean serve\?"),
+        ("serve:\n  xyz: 2\n", r"serve\.xyz is not a setting; known: model, "),
+        ("serve:\n  stages: 1\n  stages: 2\n", "'stages' is given twice"),
+        ("- serve\n", "expected `key: value` lines"),
+        ("serve: 3\n", "serve: expected `key: value` lines, found 3"),
+        ("serve: {\n", "not valid YAML"),
+        ("serve:\n  ? [a]\n  : 1\n", "is not a setting|not valid YAML"),
+        ("a: &a [*a]\n", "is not a setting|not valid YAML"),
+    ],
+)
+def test_a_file_that_cannot_be_meant_is_refused_with_its_name(tmp_path, text, complaint):
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        read(tmp_path, text)
+    assert "config.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "complaint"),
+    [
+        ("stages", "two", "serve.stages: 'two' is not a whole number"),
+        ("stages", True, "serve.stages: True is not a whole number"),
+        ("stages", 2.0, "serve.stages: 2.0 is not a whole number"),
+        ("stages", None, "serve.stages: None is not a whole number"),
+        ("stages", 0, "serve.stages: 0 is less than 1"),
+        ("format", "int9", "serve.format: 'int9' is not one of fp32, bf16, int8, llm_int8"),
+        ("prefix_cache", 1, "serve.prefix_cache: 1 is not true or false"),
+        ("drain_grace_s", float("nan"), "serve.drain_grace_s: nan is not finite"),
+        ("memory_budget", "4 parsecs", "serve.memory_budget: '4 parsecs' is not a size"),
+        ("memory_budget", -1, "serve.memory_budget: -1 is less than 1"),
+        ("listen", "localhost", "serve.listen: 'localhost' is not host:port"),
+        ("listen", "host:99999", "serve.listen: 'host:99999' is not host:port"),
+        ("listen", "::1:50051", "write an IPv6 host in brackets"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_named_with_what_was_expected(key, value, complaint):
+    with pytest.raises(ConfigError) as caught:
+        serve_config({"serve": {"model": "m", key: value}})
+    assert complaint in str(caught.value)
+
+
+def test_a_missing_model_says_what_is_wanted():
+    with pytest.raises(ConfigError, match=r"serve\.model is missing.*Checkpoint directory"):
+        serve_config({})
+
+
+def test_a_whole_number_will_do_where_a_number_is_wanted():
+    grace = serve_config({"serve": {"model": "m", "drain_grace_s": 5}}).drain_grace_s
+    assert grace == 5.0
+    assert isinstance(grace, float)
+
+
+def test_a_null_takes_the_default_where_there_is_none():
+    assert serve_config({"serve": {"model": "m", "kv_blocks": None}}).kv_blocks is None
+
+
+def test_stages_share_the_cores_of_a_private_cluster_unless_told_otherwise():
+    cores = len(os.sched_getaffinity(0))
+    assert serve_config({}, {"model": "m"}).threads_per_stage == cores
+    assert serve_config({}, {"model": "m", "stages": 10_000}).threads_per_stage == 1
+    assert serve_config({}, {"model": "m", "threads_per_stage": 7}).threads_per_stage == 7
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("models/bloom-176b", "bloom-176b"),
+        ("models/bloom-176b/", "bloom-176b"),
+        ("SmolLM2.Q4_1.gguf", "SmolLM2.Q4_1"),
+    ],
+)
+def test_a_model_is_served_under_the_last_part_of_its_path(model, name):
+    assert serve_config({}, {"model": model}).model_name == name
+    assert serve_config({}, {"model": model, "served_model_name": "n"}).model_name == "n"
+
+
+@pytest.mark.parametrize(
+    ("listen", "target"),
+    [("127.0.0.1:7", "127.0.0.1:7"), ("0.0.0.0:7", "127.0.0.1:7"), ("[::]:7", "127.0.0.1:7")],
+)
+def test_client_commands_find_the_service_of_the_same_file(listen, target):
+    file = {"serve": {"listen": listen}}
+    assert client_config(file).target == target
+    assert client_config(file, {"target": "elsewhere:1"}).target == "elsewhere:1"
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_every_example_file_is_a_configuration(path):
+    file = read_config_file(path)
+    assert serve_config(file).stages >= 1
+    assert client_config(file).target
+
+
+def test_there_are_example_files():
+    assert EXAMPLES
+
+
+@given(section=st.sampled_from(sorted(SECTIONS)), data=st.data())
+def test_no_value_of_any_type_gets_past_the_checks_with_another_error(section, data):
+    values = st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.lists(st.integers())
+    )
+    setting = data.draw(st.sampled_from(settings(SECTIONS[section])))
+    given_values = {"model": "m"} if section == "serve" else {}
+    given_values[setting.key] = data.draw(values)
+    make = serve_config if section == "serve" else client_config
+    complaint, value = "", None
+    try:
+        value = getattr(make({section: given_values}), setting.name)
+    except ConfigError as error:
+        complaint = str(error)
+    assert value is None or type(value) is setting.kind
+    assert not complaint or f"{section}.{setting.key}" in complaint
+
+
+@given(st.text())
+def test_an_address_is_split_or_refused(text):
+    try:
+        host, port = split_address(text)
+    except ValueError:
+        return
+    assert f"{host}:" in text
+    assert 0 <= port <= 65535

@@ -1,0 +1,196 @@
+import random
+from dataclasses import replace
+
+import pytest
+import tiny_models
+import torch
+
+from tightfit.kernels.formats import Format
+from tightfit.workers.api import MicroBatch, SequenceSlice, StageSpec
+from tightfit.workers.checkpoint import open_checkpoint
+from tightfit.workers.decoder_config import decoder_config
+from tightfit.workers.errors import StageError
+from tightfit.workers.shard import ShardModel
+from tightfit.workers.shard_bytes import kv_block_bytes, shard_bytes
+
+BLOCK, BLOCKS = 16, 64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    made = {}
+
+    def get(variant):
+        if variant not in made:
+            made[variant] = tiny_models.build(variant, tmp_path_factory.mktemp("m") / variant)
+        return made[variant]
+
+    return get
+
+
+class Chain:
+    """Shards of one model, called one after the other."""
+
+    def __init__(self, path, num_stages, fmt="fp32"):
+        checkpoint = open_checkpoint(path)
+        self.config = decoder_config(checkpoint.config)
+        edges = [round(i * self.config.num_layers / num_stages) for i in range(num_stages + 1)]
+        self.shards = []
+        for i in range(num_stages):
+            spec = StageSpec(
+                model_path=str(path), stage_index=i, num_stages=num_stages, first_layer=edges[i],
+                end_layer=edges[i + 1], format=fmt,
+            )  # fmt: skip
+            shard = ShardModel.load(checkpoint, self.config, spec)
+            shard.allocate_kv(BLOCKS)
+            self.shards.append(shard)
+        checkpoint.close()
+
+    @torch.inference_mode()
+    def log_probs(self, slices):
+        hidden = None
+        batch = MicroBatch(epoch=0, step=0, slices=slices)
+        for shard in self.shards:
+            hidden = shard.forward(batch, hidden)
+        parts = [self.shards[-1].logits(rows) for rows in hidden.split(64)]
+        return torch.log_softmax(torch.cat(parts), dim=-1)
+
+
+def tables(seed=0):
+    """Scattered, disjoint block tables for three sequences."""
+    ids = list(range(BLOCKS))
+    random.Random(seed).shuffle(ids)
+    return ids[:21], ids[21:42], ids[42:63]
+
+
+def part(sequence_id, table, start, token_ids):
+    used = -(-(start + len(token_ids)) // BLOCK)
+    return SequenceSlice(
+        sequence_id=sequence_id, start_position=start, token_ids=token_ids, block_table=table[:used]
+    )
+
+
+def random_tokens(count, seed):
+    generator = random.Random(seed)
+    return [generator.randrange(tiny_models.VOCAB) for _ in range(count)]
+
+
+@pytest.mark.parametrize("variant", tiny_models.VARIANTS)
+def test_every_variant_agrees_with_transformers(models, variant):
+    model = models(variant)
+    chain = Chain(model.path, 1)
+    tokens = random_tokens(70, seed=3)
+    table = tables()[0]
+    mine = [
+        chain.log_probs([part(0, table, 0, tokens[:33])]),
+        chain.log_probs([part(0, table, 33, tokens[33:60])]),
+        *(chain.log_probs([part(0, table, i, [tokens[i]])]) for i in range(60, 70)),
+    ]
+    torch.testing.assert_close(torch.cat(mine), model.log_probs(tokens), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 5])
+@pytest.mark.parametrize("variant", ["bloom", "opt-350m", "llama"])
+@pytest.mark.parametrize("length", [1, 2, 17, 300])
+def test_greedy_tokens_are_those_of_transformers(models, variant, num_stages, length):
+    model = models(variant)
+    chain = Chain(model.path, num_stages)
+    prompt = random_tokens(length, seed=length)
+    table = tables(length)[1]
+    log_probs = chain.log_probs([part(0, table, 0, prompt)])
+    tokens = [int(log_probs[-1].argmax())]
+    while len(tokens) < 6:
+        position = length + len(tokens) - 1
+        tokens.append(int(chain.log_probs([part(0, table, position, tokens[-1:])])[-1].argmax()))
+    assert tokens == model.greedy(prompt, 6)
+
+
+@pytest.mark.parametrize("variant", ["bloom-12-heads", "opt", "llama-head-dim"])
+def test_sequences_in_one_micro_batch_do_not_touch_each_other(models, variant):
+    model = models(variant)
+    chain = Chain(model.path, 2)
+    texts = [random_tokens(n, seed=n) for n in (40, 9, 130)]
+    a, b, c = tables(7)
+    chain.log_probs([part(0, a, 0, texts[0][:39]), part(1, b, 0, texts[1][:8])])
+    together = chain.log_probs(
+        [
+            part(0, a, 39, texts[0][39:]),
+            part(2, c, 0, texts[2][:100]),
+            part(1, b, 8, texts[1][8:]),
+        ]
+    )
+    rest = chain.log_probs([part(2, c, 100, texts[2][100:])])
+    expected = [model.log_probs(text) for text in texts]
+    torch.testing.assert_close(together[0], expected[0][39], atol=1e-3, rtol=0)
+    torch.testing.assert_close(together[1:101], expected[2][:100], atol=1e-3, rtol=0)
+    torch.testing.assert_close(together[101], expected[1][8], atol=1e-3, rtol=0)
+    torch.testing.assert_close(rest, expected[2][100:], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("fmt", "limit"), [("bf16", 0.12), ("int8", 0.15), ("llm_int8", 0.2)])
+@pytest.mark.parametrize("variant", ["bloom", "opt-350m", "llama"])
+def test_smaller_formats_stay_close_to_full_precision(models, variant, fmt, limit):
+    model = models(variant)
+    tokens = random_tokens(60, seed=5)
+    mine = Chain(model.path, 2, fmt).log_probs([part(0, tables()[0], 0, tokens)])
+    exact = model.log_probs(tokens)
+    divergence = (exact.exp() * (exact - mine)).sum(-1)
+    assert divergence.mean() < limit
+
+
+@pytest.mark.parametrize("fmt", [str(f) for f in Format])
+@pytest.mark.parametrize("variant", ["bloom", "opt-350m", "opt-no-bias", "llama", "llama-mha-tied"])
+@pytest.mark.parametrize("num_stages", [1, 3])
+def test_predicted_bytes_are_the_bytes_held(models, variant, fmt, num_stages):
+    chain = Chain(models(variant).path, num_stages, fmt)
+    for shard in chain.shards:
+        spec = shard.spec
+        predicted = shard_bytes(
+            chain.config, Format(fmt), spec.first_layer, spec.end_layer,
+            has_embedding=spec.is_first, has_head=spec.is_last,
+        )  # fmt: skip
+        assert shard.weight_bytes == predicted
+        layers = spec.end_layer - spec.first_layer
+        assert shard.kv_cache_bytes == BLOCKS * kv_block_bytes(
+            chain.config, Format(fmt), layers, BLOCK
+        )
+
+
+def test_a_shard_reads_only_its_own_tensors(models):
+    checkpoint = open_checkpoint(models("llama").path)
+    config = decoder_config(checkpoint.config)
+    read = []
+    original = checkpoint.read
+    checkpoint.read = lambda name: read.append(name) or original(name)
+    spec = StageSpec(
+        model_path="", stage_index=1, num_stages=3, first_layer=2, end_layer=3, format="int8"
+    )
+    ShardModel.load(checkpoint, config, spec)
+    assert read
+    assert all(".layers.2." in name for name in read)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"block_table": [1]}, "do not cover"), ({"block_table": [1, BLOCKS]}, "does not have"),
+     ({"block_table": [-1, 2]}, "does not have")],
+)  # fmt: skip
+def test_a_wrong_block_table_is_refused(models, change, message):
+    chain = Chain(models("llama").path, 1)
+    good = part(0, [3, 4], 0, list(range(20)))
+    with pytest.raises(StageError, match=message):
+        chain.log_probs([replace(good, **change)])
+
+
+def test_a_mistral_window_limits_the_context(models):
+    config = decoder_config(open_checkpoint(models("mistral-window").path).config)
+    assert config.max_position == 320
+    assert "320" in config.notes[0]
