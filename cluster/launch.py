@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import shutil
 import tempfile
 import threading
@@ -23,6 +22,8 @@ from tightfit.cluster.errors import ConfigError, PlacementError, UnavailableErro
 from tightfit.cluster.pipeline import LinkedStages
 from tightfit.workers.actor import StageActor
 from tightfit.workers.api import LoadProgress, StageSpec, StageStatus
+from tightfit.workers.checkpoint import open_checkpoint
+from tightfit.workers.decoder_config import DecoderConfig, decoder_config
 from tightfit.workers.errors import WorkerError
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,6 @@ class RaySession:
         self._processes: list[psutil.Process] = []
         if self._was_connected:
             return
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         common: dict[str, Any] = {
             "logging_level": logging.WARNING,
             "log_to_driver": False,
@@ -82,22 +82,27 @@ class RaySession:
                 ) from error
 
     def _start_private(self, common: dict[str, Any]) -> None:
-        """Start Ray for this process alone, with a token that only its children know."""
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        """Start Ray for this process alone; what was started is ended when that fails halfway."""
         self._temp_dir = tempfile.mkdtemp(prefix="tf-ray-")
         before = set(psutil.Process().children(recursive=True))
-        ray.init(
-            address="local",
-            num_cpus=self.options.num_cpus,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=self._temp_dir,
-            **common,
-        )
-        self._processes = [
-            child for child in psutil.Process().children(recursive=True) if child not in before
-        ]
+        try:
+            ray.init(
+                address="local",
+                num_cpus=self.options.num_cpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=self._temp_dir,
+                **common,
+            )
+        except BaseException:
+            self._processes = self._children_since(before)
+            self.close()
+            raise
+        self._processes = self._children_since(before)
+
+    @staticmethod
+    def _children_since(before: set[psutil.Process]) -> list[psutil.Process]:
+        return [p for p in psutil.Process().children(recursive=True) if p not in before]
 
     @property
     def is_private(self) -> bool:
@@ -111,14 +116,14 @@ class RaySession:
         if self._temp_dir is None:
             ray.shutdown()
             return
-        family = {*self._processes, *psutil.Process().children(recursive=True)}
-        for process in list(family):
+        family = set(self._processes)
+        for process in self._processes:
             try:
                 family.update(process.children(recursive=True))
             except psutil.NoSuchProcess:
                 continue
         ray.shutdown()
-        _, alive = psutil.wait_procs(family - {psutil.Process()}, timeout=3)
+        _, alive = psutil.wait_procs(family, timeout=3)
         for process in alive:
             try:
                 process.kill()
@@ -321,6 +326,35 @@ class StageGroup:
         if self._group is not None:
             remove_placement_group(self._group)
         shutil.rmtree(self._run_dir, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDescription:
+    """What is known of a checkpoint before any of its weights are read."""
+
+    path: Path
+    config: DecoderConfig
+    source_format: str
+    """What its files hold."""
+
+
+def describe_model(model: str) -> ModelDescription:
+    """Find and describe the checkpoint that MODEL names.
+
+    Raises:
+        ConfigError: nothing is there.
+        WorkerError: it cannot be read, or its family or a setting is not supported.
+    """
+    path = resolve_model(model)
+    checkpoint = open_checkpoint(path)
+    try:
+        return ModelDescription(
+            path=path,
+            config=decoder_config(checkpoint.config),
+            source_format=checkpoint.source_format,
+        )
+    finally:
+        checkpoint.close()
 
 
 def resolve_model(model: str) -> Path:
