@@ -11,10 +11,10 @@ import os
 import shutil
 import threading
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import ray
-import torch
 
 from tightfit.workers.api import LoadProgress, StageSpec, StageStatus, StepResult
 from tightfit.workers.errors import StageError
@@ -35,6 +35,10 @@ class StageActor:
         self._node_id = ray.get_runtime_context().get_node_id()
         self._progress = LoadProgress(phase="waiting")
         self._stop = threading.Event()
+        # All arithmetic happens on this one thread. OpenMP keeps a team of threads for every thread that
+        # ever computed; as soon as all teams together outnumber the cores, its threads stop spinning
+        # between operations and a step takes twice as long (measured: 13.7 ms for 7.3).
+        self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
         self._stage: Stage | None = None
         self._sender: Sender | None = None
         self._receiver = Receiver(
@@ -52,7 +56,9 @@ class StageActor:
     def load(self) -> StageStatus:
         """Read, quantise and hold the shard; returns what it measures then."""
         try:
-            self._stage = Stage(self._spec, progress=self._note_progress)
+            self._stage = self._compute.submit(
+                Stage, self._spec, progress=self._note_progress
+            ).result()
         except BaseException as error:
             self._progress = replace(self._progress, phase="failed", message=str(error))
             raise
@@ -81,13 +87,14 @@ class StageActor:
         return self._stage
 
     def run(self) -> None:
-        """Compute micro-batches until `stop`. A step that fails ends the process: its KV cache is no
-        longer what the control plane believes, and an empty or wrong stage must not answer."""
+        """Compute micro-batches until `stop`. A step that fails ends the run, and with it the stage: its KV
+        cache is no longer what the control plane believes."""
+        self._compute.submit(self._run).result()
+
+    def _run(self) -> None:
         stage, sender = self._loaded(), self._sender
         if sender is None:
             raise StageError(f"stage {self._spec.stage_index} has not been connected")
-        if self._spec.num_threads is not None:
-            torch.set_num_threads(self._spec.num_threads)  # per thread with OpenMP
         while not self._stop.is_set():
             received = self._receiver.receive(STOP_POLL_S)
             if received is None:
