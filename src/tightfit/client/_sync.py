@@ -1,0 +1,138 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self, TypeVar, Unpack
+
+import grpc
+
+from tightfit.client import _convert
+from tightfit.client._types import Chunk, Generation, Model, Prompt, SamplingOptions, Scores
+from tightfit.v1 import (
+    cluster_pb2,
+    cluster_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+)
+
+T = TypeVar("T")
+
+
+class Client:
+    """Talks to one service; safe to share between threads. All calls raise TightfitRpcError.
+
+    Args:
+        target: host:port.
+        timeout_s: deadline of every call, in seconds; the service stops working on it then.
+    """
+
+    def __init__(self, target: str, *, timeout_s: float | None = None) -> None:
+        self._channel = grpc.insecure_channel(target, options=_convert.OPTIONS)
+        self._timeout_s = timeout_s
+        self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
+        self._cluster = cluster_pb2_grpc.ClusterServiceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the connection up; running calls are cancelled."""
+        self._channel.close()
+
+    def _call(self, method: Callable[..., T], request: Any) -> T:
+        try:
+            return method(request, timeout=self._timeout_s)
+        except grpc.RpcError as error:
+            raise _convert.rpc_error(error) from error
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        model: str = "",
+        request_id: str = "",
+        priority: int = 0,
+        resume_token_ids: Sequence[int] = (),
+        **sampling: Unpack[SamplingOptions],
+    ) -> Generation:
+        """The first (with n = 1: the only) sequence; see `generate_n`."""
+        return self.generate_n(
+            prompt, model=model, request_id=request_id, priority=priority,
+            resume_token_ids=resume_token_ids, **sampling,
+        )[0]  # fmt: skip
+
+    def generate_n(
+        self,
+        prompt: Prompt,
+        *,
+        model: str = "",
+        request_id: str = "",
+        priority: int = 0,
+        resume_token_ids: Sequence[int] = (),
+        **sampling: Unpack[SamplingOptions],
+    ) -> list[Generation]:
+        """All n sequences, when they have ended.
+
+        Args:
+            prompt: text, token ids, or a conversation.
+        """
+        request = _convert.generate_request(
+            prompt, sampling, model=model, request_id=request_id, priority=priority,
+            resume_token_ids=resume_token_ids,
+        )  # fmt: skip
+        return _convert.generations(self._call(self._inference.Generate, request))
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        model: str = "",
+        request_id: str = "",
+        priority: int = 0,
+        resume_token_ids: Sequence[int] = (),
+        **sampling: Unpack[SamplingOptions],
+    ) -> Iterator[Chunk]:
+        """Chunks as they come; leaving the loop early cancels the request."""
+        request = _convert.generate_request(
+            prompt, sampling, model=model, request_id=request_id, priority=priority,
+            resume_token_ids=resume_token_ids,
+        )  # fmt: skip
+        call = self._inference.GenerateStream(request, timeout=self._timeout_s)
+        try:
+            for message in call:
+                yield _convert.chunk(message)
+        except grpc.RpcError as error:
+            raise _convert.rpc_error(error) from error
+        finally:
+            call.cancel()
+
+    def score(self, prompt: str | Sequence[int], *, model: str = "") -> Scores:
+        """Log-probability of every token of a text but the first."""
+        request = _convert.score_request(prompt, model=model)
+        return _convert.scores(self._call(self._inference.Score, request))
+
+    def tokenize(self, prompt: str | Sequence[Any], *, model: str = "") -> tuple[int, ...]:
+        """Token ids of a text or a conversation."""
+        request = _convert.tokenize_request(prompt, model=model)
+        return tuple(self._call(self._inference.Tokenize, request).token_ids)
+
+    def detokenize(self, token_ids: Sequence[int], *, model: str = "") -> str:
+        """Text of token ids."""
+        request = inference_pb2.DetokenizeRequest(model=model, token_ids=token_ids)
+        return self._call(self._inference.Detokenize, request).text
+
+    def model(self) -> Model:
+        """What is served."""
+        return _convert.model(self._call(self._inference.GetModel, inference_pb2.GetModelRequest()))
+
+    def status(self) -> cluster_pb2.GetStatusResponse:
+        """Stages, memory and load now."""
+        return self._call(self._cluster.GetStatus, cluster_pb2.GetStatusRequest())
+
+    def drain(self) -> int:
+        """Have the service take no new requests and end after the running ones; how many those are."""
+        return self._call(self._cluster.Drain, cluster_pb2.DrainRequest()).unfinished_requests

@@ -1,0 +1,36 @@
+"""Converts a checkpoint's tokenizer to tokenizer.json with transformers: `python -m … MODEL TARGET`.
+
+A process of its own, so that the gateway needs neither transformers nor torch. For SentencePiece and
+vocab/merges tokenizers, and those inside GGUF files.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+
+def convert(model: Path, target: Path) -> None:
+    """Write the tokenizer of `model` into the directory `target`, all or nothing."""
+    from transformers import AutoTokenizer
+
+    options = {"gguf_file": model.name} if model.is_file() else {}
+    directory = model.parent if model.is_file() else model
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(directory), local_files_only=True, trust_remote_code=False, **options
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as work:
+        fresh = Path(work) / "tokenizer"
+        tokenizer.save_pretrained(str(fresh))
+        if not (fresh / "tokenizer.json").exists():
+            raise SystemExit(f"{type(tokenizer).__name__} cannot be written as tokenizer.json")
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(fresh, target)
+
+
+if __name__ == "__main__":
+    convert(Path(sys.argv[1]), Path(sys.argv[2]))
