@@ -9,22 +9,23 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
-from tightfit.cluster.config import ServeConfig
+from prometheus_client import CollectorRegistry
+
+from tightfit.cluster.config import ServeConfig, split_address
 from tightfit.cluster.engine import Engine, ModelInfo
-from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.gateway.server import GatewayServer
 from tightfit.cluster.launch import (
+    ModelDescription,
     RayOptions,
     RaySession,
     StageGroup,
     describe_model,
-    resolve_model,
 )
-from tightfit.cluster.metrics import Metrics
+from tightfit.cluster.metrics import Metrics, MetricsServer
 from tightfit.cluster.pipeline import LinkedStages, Pipeline
 from tightfit.cluster.planning.memory import plan_stages
 from tightfit.cluster.progress import LoadView
@@ -32,37 +33,42 @@ from tightfit.cluster.scheduling.batching import Scheduler, SchedulerConfig
 from tightfit.cluster.tokenizer import Tokenizer, load_tokenizer
 from tightfit.kernels.formats import Format
 from tightfit.workers.api import StageSpec, StageStatus
-from tightfit.workers.decoder_config import DecoderConfig
 
 log = logging.getLogger(__name__)
 
 FIRST_EPOCH = 1
+SWITCH_INTERVAL_S = 0.0005
+"""The engine's thread and the event loop take turns at the interpreter; 5 ms, Python's default, is a
+token's time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
-    """A replica whose stages hold their shards and are wired."""
+class Replica:
+    """A pipeline whose stages hold their shards and are wired."""
 
     group: StageGroup
     links: LinkedStages
     statuses: tuple[StageStatus, ...]
 
 
-def stage_specs(config: ServeConfig, model_path: Path, model: DecoderConfig) -> list[StageSpec]:
+def stage_specs(config: ServeConfig, model: ModelDescription) -> list[StageSpec]:
     """The stages, layers split by bytes.
 
     Raises:
         PlacementError: more stages than layers, or a shard over its budget.
     """
     ranges = plan_stages(
-        model,
+        model.config,
         Format(config.format),
         num_stages=config.stages,
         budget_bytes=config.memory_budget_bytes,
+        kv_blocks=config.kv_blocks,
+        block_size=config.block_size,
+        max_batch_tokens=config.max_batch_tokens,
     )
     return [
         StageSpec(
-            model_path=str(model_path),
+            model_path=str(model.path),
             stage_index=index,
             num_stages=len(ranges),
             first_layer=first,
@@ -78,3 +84,187 @@ def stage_specs(config: ServeConfig, model_path: Path, model: DecoderConfig) -> 
         )
         for index, (first, end) in enumerate(ranges)
     ]
+
+
+def ray_options(config: ServeConfig) -> RayOptions:
+    """How to reach, or start, Ray."""
+    return RayOptions(
+        address=config.ray_address,
+        num_cpus=config.stages * config.threads_per_stage,
+        threads_per_stage=config.threads_per_stage,
+        strategy=config.ray_strategy,
+        placement_timeout_s=config.placement_timeout_s,
+    )
+
+
+def start_replica(
+    session: RaySession,
+    config: ServeConfig,
+    specs: list[StageSpec],
+    on_lost: Callable[[str], None],
+    cleanup: ExitStack,
+) -> Replica:
+    """Place, load and wire the stages; `cleanup` ends them."""
+    group = StageGroup(session, specs, on_lost=on_lost)
+    cleanup.callback(group.close)
+    group.place()
+    with LoadView(len(specs)) as view:
+        statuses = group.load(timeout_s=config.load_timeout_s, progress=view.update)
+    return Replica(
+        group=group, links=group.connect(epoch=FIRST_EPOCH), statuses=tuple(statuses)
+    )
+
+
+def make_engine(
+    config: ServeConfig,
+    model: ModelDescription,
+    replica: Replica,
+    tokenizer: Tokenizer,
+    metrics: Metrics,
+) -> Engine:
+    """The engine of a loaded replica; not started."""
+    # A block id means the same on every stage: the smallest cache decides.
+    num_blocks = min(status.memory.num_kv_blocks for status in replica.statuses)
+    limit = min(config.max_context or model.config.max_position, model.config.max_position)
+    eos = model.config.eos_token_ids | tokenizer.eos_token_ids
+    scheduler = Scheduler(
+        SchedulerConfig(
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            max_batch_tokens=config.max_batch_tokens,
+            max_running_sequences=config.max_running_sequences,
+            max_queued_requests=config.max_queued_requests,
+            max_queued_tokens=config.max_queued_tokens,
+            max_context_tokens=limit,
+            num_stages=config.stages,
+            eos_token_ids=eos,
+            enable_prefix_cache=config.prefix_cache,
+        )
+    )
+    pipeline = Pipeline(replica.links, max_in_flight=config.stages)
+    pipeline.begin_epoch(FIRST_EPOCH)
+    metrics.set_stages(replica.statuses)
+    return Engine(
+        scheduler,
+        pipeline,
+        model=ModelInfo(
+            name=config.model_name,
+            family=model.config.family,
+            num_layers=model.config.num_layers,
+            vocab_size=model.config.vocab_size,
+            max_context_tokens=scheduler.config.max_context,
+            weight_format=config.format,
+            eos_token_ids=eos,
+            num_stages=config.stages,
+        ),
+        metrics=metrics,
+        stage_statuses=replica.group.statuses,
+    )
+
+
+def serve(config: ServeConfig) -> int:
+    """Serve until SIGTERM (running streams finish first) or SIGINT; returns the exit code.
+
+    Raises:
+        TightfitError, WorkerError: it could not start, or the pipeline was lost; everything that was started
+            has been ended.
+    """
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    with ExitStack() as cleanup, _interruptible():
+        model = describe_model(config.model)
+        _announce(config, model)
+        specs = stage_specs(config, model)
+        loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
+        cleanup.callback(loader.shutdown, wait=False, cancel_futures=True)
+        tokenizer = loader.submit(
+            load_tokenizer, model.path, eos_token_ids=model.config.eos_token_ids
+        )
+        registry = CollectorRegistry()
+        metrics = Metrics(registry, num_stages=len(specs))
+        session = RaySession(ray_options(config))
+        cleanup.callback(session.close)
+        lost = LostStage()
+        replica = start_replica(session, config, specs, lost.report, cleanup)
+        engine = make_engine(config, model, replica, tokenizer.result(), metrics)
+        lost.tell(engine.fail)
+        if config.metrics_listen is not None:
+            host, port = split_address(config.metrics_listen)
+            cleanup.callback(MetricsServer(registry, host, port).close)
+        return asyncio.run(_serve(config, engine, tokenizer.result(), metrics))
+
+
+class LostStage:
+    """Passes on that a stage was lost, also when that came before anybody listened."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._reason: str | None = None
+        self._listener: Callable[[str], None] | None = None
+
+    def report(self, reason: str) -> None:
+        """A stage is lost."""
+        with self._lock:
+            self._reason = reason
+            listener = self._listener
+        if listener is not None:
+            listener(reason)
+
+    def tell(self, listener: Callable[[str], None]) -> None:
+        """Call `listener` with the reason, now or when there is one."""
+        with self._lock:
+            self._listener = listener
+            reason = self._reason
+        if reason is not None:
+            listener(reason)
+
+
+def _announce(config: ServeConfig, model: ModelDescription) -> None:
+    print(
+        f"{config.model_name}: {model.config.family}, {model.config.num_layers} layers, from "
+        f"{model.source_format}, as {config.format} on {config.stages} stage(s)",
+        file=sys.stderr,
+    )
+    for note in model.config.notes:
+        print(f"{config.model_name}: {note}", file=sys.stderr)
+
+
+class _interruptible:
+    """While loading, SIGTERM interrupts like SIGINT; the handlers before are put back afterwards."""
+
+    def __enter__(self) -> None:
+        self._before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+
+async def _serve(
+    config: ServeConfig, engine: Engine, tokenizer: Tokenizer, metrics: Metrics
+) -> int:
+    """Answer until a signal or a drain ends it."""
+    loop = asyncio.get_running_loop()
+    stop, drain = asyncio.Event(), asyncio.Event()
+    loop.add_signal_handler(signal.SIGINT, stop.set)
+    loop.add_signal_handler(signal.SIGTERM, drain.set)
+    gateway = GatewayServer(engine, tokenizer, metrics)
+    host, port = split_address(config.listen)
+    try:
+        bound = await gateway.start(host, port)
+        print(f"ready: {config.model_name} on {host}:{bound}", flush=True)
+        waits = [
+            asyncio.create_task(event.wait())
+            for event in (stop, drain, gateway.drain_requested)
+        ]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        if not stop.is_set():
+            started = time.monotonic()
+            drained = asyncio.create_task(gateway.drain(config.drain_grace_s))
+            await asyncio.wait([drained, waits[0]], return_when=asyncio.FIRST_COMPLETED)
+            log.info("drained in %.1f s", time.monotonic() - started)
+            drained.cancel()
+        for wait in waits:
+            wait.cancel()
+        return 0
+    finally:
+        engine.stop()
+        await gateway.stop()
