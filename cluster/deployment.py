@@ -1,4 +1,5 @@
-"""`tightfit serve`: from a checkpoint and a configuration to a service that answers, and back to nothing."""
+"""`tightfit serve`: from a checkpoint and a configuration to a service that answers, and back to
+nothing."""
 
 from __future__ import annotations
 
@@ -38,8 +39,8 @@ log = logging.getLogger(__name__)
 
 FIRST_EPOCH = 1
 SWITCH_INTERVAL_S = 0.0005
-"""The engine's thread and the event loop take turns at the interpreter; 5 ms, Python's default, is a
-token's time."""
+"""The engine's thread and the event loop take turns at the interpreter; 5 ms, Python's default, is
+a token's time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,9 +111,7 @@ def start_replica(
     group.place()
     with LoadView(len(specs)) as view:
         statuses = group.load(timeout_s=config.load_timeout_s, progress=view.update)
-    return Replica(
-        group=group, links=group.connect(epoch=FIRST_EPOCH), statuses=tuple(statuses)
-    )
+    return Replica(group=group, links=group.connect(epoch=FIRST_EPOCH), statuses=tuple(statuses))
 
 
 def make_engine(
@@ -166,7 +165,8 @@ def serve(config: ServeConfig) -> int:
     """Serve until SIGTERM (running streams finish first) or SIGINT; returns the exit code.
 
     Raises:
-        TightfitError, WorkerError: it could not start, or the pipeline was lost; everything that was started
+        TightfitError, WorkerError: it could not start, or the pipeline was lost; everything that
+        was started
             has been ended.
     """
     sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -229,7 +229,8 @@ def _announce(config: ServeConfig, model: ModelDescription) -> None:
 
 
 class _interruptible:
-    """While loading, SIGTERM interrupts like SIGINT; the handlers before are put back afterwards."""
+    """While loading, SIGTERM interrupts like SIGINT; the handlers before are put back
+    afterwards."""
 
     def __enter__(self) -> None:
         self._before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -252,8 +253,7 @@ async def _serve(
         bound = await gateway.start(host, port)
         print(f"ready: {config.model_name} on {host}:{bound}", flush=True)
         waits = [
-            asyncio.create_task(event.wait())
-            for event in (stop, drain, gateway.drain_requested)
+            asyncio.create_task(event.wait()) for event in (stop, drain, gateway.drain_requested)
         ]
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         if not stop.is_set():

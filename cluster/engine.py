@@ -225,7 +225,7 @@ class Engine:
 
     @property
     def health(self) -> str:
-        """"failed", "stalled", "draining", "ok" (a step is under way) or "idle"."""
+        """ "failed", "stalled", "draining", "ok" (a step is under way) or "idle"."""
         if self._failure:
             return "failed"
         if self._pipeline.oldest_age_s > self._stall_s:
@@ -276,7 +276,8 @@ class Engine:
             self.fail(f"internal error in the engine: {error!r}")
 
     def _step(self) -> None:
-        """Fill the pipeline, wait for one result, apply it, refill, and only then hand out tokens."""
+        """Fill the pipeline, wait for one result, apply it, refill, and only then hand out
+        tokens."""
         self._fill()
         completed = self._pipeline.next_result(DEADLINE_POLL_S if self._streams else IDLE_POLL_S)
         now_s = time.monotonic()

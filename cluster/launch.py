@@ -1,4 +1,5 @@
-"""Starts stages as Ray actors, wires them, watches them, ends them. The only module here that calls Ray."""
+"""Starts stages as Ray actors, wires them, watches them, ends them. The only module here that
+calls Ray."""
 
 from __future__ import annotations
 
@@ -276,8 +277,7 @@ class StageGroup:
             tcp_host=ray.util.get_node_ip_address() if several else None,
         )
         endpoints = [
-            self._result(actor.endpoint.remote(), index)
-            for index, actor in enumerate(self._actors)
+            self._result(actor.endpoint.remote(), index) for index, actor in enumerate(self._actors)
         ]
         for index, onward in enumerate([*endpoints[1:], ours.endpoint]):
             self._result(self._actors[index].connect.remote(onward, epoch), index)

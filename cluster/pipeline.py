@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections import deque
@@ -76,10 +77,8 @@ class LinkedStages:
         """See `StageChain`."""
         received = self._results.receive(timeout_s)
         if received is None:
-            try:
+            with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake_fd)
-            except BlockingIOError:
-                pass
             return None
         return received[0]
 
@@ -122,7 +121,8 @@ class Pipeline:
 
     Args:
         stages: where micro-batches go.
-        max_in_flight: micro-batches under way at once, at least the number of stages to keep all busy.
+        max_in_flight: micro-batches under way at once, at least the number of stages to keep all
+        busy.
     """
 
     def __init__(self, stages: StageChain, *, max_in_flight: int) -> None:
@@ -173,7 +173,8 @@ class Pipeline:
         self._next_step += 1
 
     def next_result(self, timeout_s: float | None) -> Completed | None:
-        """Wait for the oldest micro-batch; None at the time limit, after `wake`, or for a stale result.
+        """Wait for the oldest micro-batch; None at the time limit, after `wake`, or for a stale
+        result.
 
         Raises:
             UnavailableError: a stage reported that it could not compute the step.

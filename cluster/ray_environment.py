@@ -9,8 +9,8 @@ import secrets
 def prepare(*, is_private: bool) -> None:
     """Set what this process and its children tell Ray.
 
-    A private cluster gets a token that only this process's children know. What is already in the environment
-    stays as it is.
+    A private cluster gets a token that only this process's children know. What is already in the
+    environment stays as it is.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray runs its workers at nice 15: any other process on the host would slow every stage.

@@ -72,7 +72,8 @@ class TokenEvent:
     index: int
     """Which of the request's n sequences."""
     token_offset: int
-    """Index of `token_id` in the sequence's output (resumed tokens count), or its length at the end."""
+    """Index of `token_id` in the sequence's output (resumed tokens count), or its length at the
+    end."""
     token_id: int | None = None
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()

@@ -53,7 +53,8 @@ class TextStream:
     Args:
         tokenizer: the model's.
         stops: stop strings.
-        resumed: output tokens that the client already has; their text is not shown again, but a stop
+        resumed: output tokens that the client already has; their text is not shown again, but a
+        stop
             string may begin in it.
     """
 

@@ -1,7 +1,8 @@
-"""Text to tokens and back, with the `tokenizers` library; no torch, no transformers in this process.
+"""Text to tokens and back, with the `tokenizers` library; no torch, no transformers in this
+process.
 
-A checkpoint without tokenizer.json (OPT's vocab.json and merges.txt, SentencePiece files, GGUF) is converted
-once, in a process of its own, and the result is cached.
+A checkpoint without tokenizer.json (OPT's vocab.json and merges.txt, SentencePiece files, GGUF) is
+converted once, in a process of its own, and the result is cached.
 """
 
 from __future__ import annotations
@@ -67,8 +68,9 @@ class Tokenizer:
 class IncrementalDecoder:
     """Text of a growing list of tokens, each character as soon as it is whole.
 
-    Decoding starts anew from a window that always holds the last complete text, so that what a token looks
-    like after its predecessors (spaces, bytes of one character) is right, at constant cost per token.
+    Decoding starts anew from a window that always holds the last complete text, so that what a
+    token looks like after its predecessors (spaces, bytes of one character) is right, at constant
+    cost per token.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
@@ -113,9 +115,7 @@ class _Files:
     """Holds tokenizer_config.json and the like."""
 
 
-def load_tokenizer(
-    model_path: Path, *, eos_token_ids: frozenset[int] = frozenset()
-) -> Tokenizer:
+def load_tokenizer(model_path: Path, *, eos_token_ids: frozenset[int] = frozenset()) -> Tokenizer:
     """The tokenizer of a checkpoint directory or GGUF file.
 
     Args:
@@ -200,7 +200,13 @@ def _converted(model_path: Path) -> Path:
     target = cache_directory() / "tokenizers" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     if (target / TOKENIZER).exists():
         return target
-    command = [sys.executable, "-m", "tightfit.workers.tokenizer_files", str(model_path), str(target)]
+    command = [
+        sys.executable,
+        "-m",
+        "tightfit.workers.tokenizer_files",
+        str(model_path),
+        str(target),
+    ]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=CONVERT_TIMEOUT_S, check=False
@@ -212,6 +218,7 @@ def _converted(model_path: Path) -> Path:
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
         raise ConfigError(
-            f"{model_path} has no tokenizer.json, and its tokenizer cannot be converted: {reason[0]}"
+            f"{model_path} has no tokenizer.json, and its tokenizer cannot be converted: "
+            f"{reason[0]}"
         )
     return target

@@ -1,11 +1,18 @@
 """CPU arithmetic on quantised weights, through torch's packed ops.
 
 Each format has an op for few tokens, bound by reading weights, and may have one for many, bound by
-arithmetic. Which is faster from how many tokens on is measured at load (`dispatch.measure_crossover`).
-T tokens, N output features, K input features.
+arithmetic; from how many tokens on the second is faster is measured at load (`crossover.py`). A
+`bind_*` function takes what does not change (weight [N, K], bias [N]) and returns the function of x
+[T, K] → [T, N] that the decoder calls: what can be looked up once is looked up once.
+
+T tokens, N output features, K input features. Activations are bf16 but for dense fp32 weights:
+torch's packed int8 op has no fast path for fp32 activations.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -13,59 +20,104 @@ from torch import Tensor
 from tightfit.kernels.reference import OUTLIER_THRESHOLD
 from tightfit.kernels.weights import INT8_MAX, Int8Weight
 
-PACKED_K_MULTIPLE = 32
-"""`torch._weight_int8pack_mm` reads past the end of rows that are no multiple of this (torch 2.13)."""
+Kernel = Callable[[Tensor], Tensor]
+"""x [T, K] → [T, N], in x's dtype."""
 
-DEQUANTIZE_ROWS = 4096
-"""Output channels widened at a time: bounds the scratch to 4096 × K bf16."""
+PACKED_K_MULTIPLE: Final = 16
+PACKED_ALIGNMENT: Final = 32
+"""`torch._weight_int8pack_mm` loads 16 elements at a time with aligned instructions: a row of
+weights that does not begin at a multiple of 16 bytes, or of activations at one of 32, ends the
+process with a segmentation fault (torch 2.13, AVX-512)."""
+
+SCRATCH_ELEMENTS: Final = 2**21
+"""Weights widened at a time for many tokens: 4 MB of bf16, in cache when it is multiplied."""
+
+TINY: Final = 1e-30
+"""Row maximum below which a row counts as zeros: its scale's reciprocal stays finite in fp32."""
 
 
-def int8_packed(x: Tensor, weight: Int8Weight) -> Tensor:
+def bind_dense(weight: Tensor, bias: Tensor | None) -> Kernel:
+    """x · Wᵀ + b with the weight [N, K] as it is, in x's dtype."""
+    linear = torch.nn.functional.linear
+
+    def dense(x: Tensor) -> Tensor:
+        return linear(x, weight, bias)
+
+    return dense
+
+
+def bind_int8_packed(weight: Int8Weight, bias: Tensor | None) -> Kernel:
     """Weight-only int8 for few tokens: the weight is read once, as bytes.
 
-    K that is no multiple of 32 takes the other op, for safety.
-
-    Args:
-        x: [T, K] bf16. (torch's kernel has no fast path for fp32.)
-        weight: [N, K].
-    Returns:
-        [T, N] bf16.
+    For K that is no multiple of 16 it is `bind_int8_dequantized`.
     """
-    if x.shape[1] % PACKED_K_MULTIPLE:
-        return int8_dequantized(x, weight)
-    return torch._weight_int8pack_mm(x, weight.values, weight.scale)
+    values, scale = weight.values, weight.scale
+    if values.shape[1] % PACKED_K_MULTIPLE:
+        return bind_int8_dequantized(weight, bias)
+    packed = torch._weight_int8pack_mm
+
+    def int8_packed(x: Tensor) -> Tensor:
+        x = x.contiguous()
+        if x.data_ptr() % PACKED_ALIGNMENT:
+            x = x.clone()
+        y = packed(x, values, scale)
+        return y if bias is None else y.add_(bias)
+
+    return int8_packed
 
 
-def int8_dequantized(x: Tensor, weight: Int8Weight) -> Tensor:
-    """Weight-only int8 for many tokens: widen some rows to bf16, multiply, go on. As `int8_packed`."""
-    n_out = weight.values.shape[0]
-    y = torch.empty((x.shape[0], n_out), dtype=x.dtype)
-    for first in range(0, n_out, DEQUANTIZE_ROWS):
-        rows = slice(first, first + DEQUANTIZE_ROWS)
-        wide = weight.values[rows].to(x.dtype).mul_(weight.scale[rows, None])
-        y[:, rows] = torch.nn.functional.linear(x, wide)
-    return y
+def bind_int8_dequantized(weight: Int8Weight, bias: Tensor | None) -> Kernel:
+    """Weight-only int8 for many tokens: widen some rows to bf16, multiply, go on.
 
-
-def llm_int8_decomposed(x: Tensor, weight: Int8Weight) -> Tensor:
-    """LLM.int8() (see `reference.llm_int8_linear`) with `torch._int_mm`.
-
-    Args:
-        x: [T, K] bf16.
-        weight: [N, K].
-    Returns:
-        [T, N] bf16.
+    The integers are exact in bf16, and the scales are applied to the product: one pass less over
+    the weight (15 to 20 % of the time at 64 tokens), for one more rounding of the result.
     """
-    outlier = x.abs().amax(dim=0) >= OUTLIER_THRESHOLD
-    columns = outlier.nonzero().flatten()
-    regular = x.float()
-    if columns.numel():
-        regular.index_fill_(1, columns, 0.0)
-    scale_x = regular.abs().amax(dim=1, keepdim=True).div_(INT8_MAX)
-    scale_x.masked_fill_(scale_x == 0, 1.0)
-    x8 = regular.div_(scale_x).round_().to(torch.int8)
-    y = torch._int_mm(x8, weight.values.t()).float().mul_(scale_x).mul_(weight.scale)
-    if columns.numel():
-        wide = weight.values[:, columns].float().mul_(weight.scale.float()[:, None])
-        y.addmm_(x[:, columns].float(), wide.t())
-    return y.to(x.dtype)
+    values, scale = weight.values, weight.scale
+    n_out, n_in = values.shape
+    step = max(64, SCRATCH_ELEMENTS // max(1, n_in))
+    linear = torch.nn.functional.linear
+
+    def int8_dequantized(x: Tensor) -> Tensor:
+        if n_out <= step:
+            y = linear(x, values.to(x.dtype))
+        else:
+            y = x.new_empty((x.shape[0], n_out))
+            for first in range(0, n_out, step):
+                y[:, first : first + step] = linear(x, values[first : first + step].to(x.dtype))
+        y.mul_(scale)
+        return y if bias is None else y.add_(bias)
+
+    return int8_dequantized
+
+
+def bind_llm_int8(weight: Int8Weight, bias: Tensor | None) -> Kernel:
+    """LLM.int8() for many tokens (see `reference.llm_int8_linear`), with `torch._int_mm`.
+
+    y = ((x8 · w8ᵀ) · sx + x_out · w8_outᵀ) · sw + b, the sums in int32 and fp32. A NaN or infinity
+    in one row leaves the other rows' products finite.
+    """
+    values, scale = weight.values, weight.scale
+    if values.shape[1] < 2:  # torch._int_mm misreads the strides of a [1, N] view
+        return bind_int8_dequantized(weight, bias)
+    transposed = values.t()
+
+    def llm_int8(x: Tensor) -> Tensor:
+        magnitude = x.abs()
+        absmax = magnitude.amax(dim=1, keepdim=True)
+        regular, columns = x, None
+        if not absmax.max().item() < OUTLIER_THRESHOLD:
+            columns = (magnitude.amax(dim=0) >= OUTLIER_THRESHOLD).nonzero().view(-1)
+            absmax = magnitude.index_fill_(1, columns, 0.0).amax(dim=1, keepdim=True)
+            regular = x.index_fill(1, columns, 0.0)
+        scale_x = absmax.float().clamp_min_(TINY).div_(INT8_MAX)
+        x8 = torch.mul(regular, scale_x.reciprocal()).round_().to(torch.int8)
+        y = torch._int_mm(x8, transposed).float().mul_(scale_x)
+        if columns is not None:
+            w_out = transposed.index_select(0, columns).float()
+            y.addmm_(x.index_select(1, columns).float(), w_out)
+        y.mul_(scale)
+        if bias is not None:
+            y.add_(bias)
+        return y.to(x.dtype)
+
+    return llm_int8

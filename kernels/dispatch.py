@@ -5,90 +5,136 @@ Adding a format or a device is one entry in `OPS`; the decoder sees `Linear` onl
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from functools import partial
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from tightfit.kernels import cpu
+from tightfit.kernels.cpu import Kernel
+from tightfit.kernels.crossover import MEASURE_LIMIT_S, NEVER, find_crossover
 from tightfit.kernels.formats import Format, activation_dtype
 from tightfit.kernels.weights import Int8Weight, quantize_rows
 
-Op = Callable[[Tensor, Int8Weight], Tensor]
+__all__ = ["DTYPES", "NEVER", "OPS", "Linear", "OpPair", "measure_crossover", "quantize_linear"]
 
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
-NEVER: Final = 2**62
-"""A crossover that no number of tokens reaches."""
-CROSSOVER_CANDIDATES: Final = (4, 8, 16, 32, 64, 128)
-MEASURE_LIMIT_S: Final = 0.25
+
+OUTLIER_EVERY: Final = 512
+"""One feature column in so many is an outlier while measuring: as in 6.7B models and above, roughly
+(arXiv 2208.07339, section 4.1: up to 7 of 4,096)."""
+
+
+class PackedWeight(Protocol):
+    """A weight in its final format: a tensor, or several with their scales."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+
+
+W = TypeVar("W", bound=PackedWeight)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OpPair:
-    """The ops of one format on one device type."""
+class OpPair(Generic[W]):
+    """How one format is packed and multiplied on one type of device."""
 
-    few: Op
-    """For few tokens."""
-    many: Op | None
-    """For many; None when `few` is always best."""
+    pack: Callable[[Tensor, str], W]
+    """(weight [N, K] of any floating dtype, device name) → the packed weight, owning its memory."""
+    few: Callable[[W, Tensor | None], Kernel]
+    """(packed weight, bias) → the op for few tokens."""
+    many: Callable[[W, Tensor | None], Kernel] | None = None
+    """The same for many tokens; None when `few` is always best."""
 
 
-OPS: Final[dict[tuple[str, Format], OpPair]] = {
-    ("cpu", Format.INT8): OpPair(few=cpu.int8_packed, many=cpu.int8_dequantized),
-    ("cpu", Format.LLM_INT8): OpPair(few=cpu.int8_packed, many=cpu.llm_int8_decomposed),
+def _pack_dense(weight: Tensor, device: str, *, dtype: torch.dtype) -> Tensor:
+    return torch.empty(weight.shape, dtype=dtype, device=device).copy_(weight)
+
+
+def _pack_int8(weight: Tensor, device: str) -> Int8Weight:
+    return quantize_rows(weight, device=device)
+
+
+OPS: Final[dict[tuple[str, Format], OpPair[Any]]] = {
+    ("cpu", Format.FP32): OpPair(
+        pack=partial(_pack_dense, dtype=torch.float32), few=cpu.bind_dense
+    ),
+    ("cpu", Format.BF16): OpPair(
+        pack=partial(_pack_dense, dtype=torch.bfloat16), few=cpu.bind_dense
+    ),
+    ("cpu", Format.INT8): OpPair(
+        pack=_pack_int8, few=cpu.bind_int8_packed, many=cpu.bind_int8_dequantized
+    ),
+    ("cpu", Format.LLM_INT8): OpPair(
+        pack=_pack_int8, few=cpu.bind_int8_packed, many=cpu.bind_llm_int8
+    ),
 }
 
 
 class Linear:
     """y = x Wᵀ + b with W in some format. Call with x [T, K]; returns [T, N] in x's dtype.
 
-    `crossover`: number of tokens from which on the many-token op is used.
+    x is bf16, or fp32 for `Format.FP32` (`formats.activation_dtype`), of any strides.
+    `crossover`: number of tokens from which on the many-token op is used; `NEVER` until it is set.
     """
 
-    __slots__ = ("_bias", "_dense", "_few", "_many", "_quantized", "crossover", "format", "n_in", "n_out")
+    __slots__ = (
+        "_few",
+        "_many",
+        "bias",
+        "crossover",
+        "device",
+        "format",
+        "n_in",
+        "n_out",
+        "nbytes",
+        "weight",
+    )
 
     def __init__(
-        self,
-        fmt: Format,
-        *,
-        dense: Tensor | None,
-        quantized: Int8Weight | None,
-        bias: Tensor | None,
-        ops: OpPair | None,
+        self, fmt: Format, weight: Tensor, bias: Tensor | None = None, *, device: str = "cpu"
     ) -> None:
-        self.format = fmt
-        weight = dense if dense is not None else quantized.values if quantized else None
-        if weight is None:
-            raise ValueError("a Linear needs a dense or a quantised weight")
-        self.n_out, self.n_in = weight.shape
+        """See `quantize_linear`."""
+        kind = device.partition(":")[0]
+        ops = OPS.get((kind, fmt))
+        if ops is None:
+            known = ", ".join(str(f) for d, f in OPS if d == kind) or "none"
+            raise ValueError(f"format {fmt} has no ops on device {kind}; there are: {known}")
+        self.n_out, self.n_in = _checked_shape(weight, bias)
+        act = DTYPES[activation_dtype(fmt)]
+        self.format, self.device = fmt, device
+        self.bias = None if bias is None else bias.detach().to(device, act, copy=True)
+        """[N], in the dtype of the activations, or None."""
+        self.weight: PackedWeight = ops.pack(weight.detach(), device)
+        """As the format's `OpPair.pack` made it."""
+        self.nbytes = self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        """Bytes of weight, scales and bias; equals `formats.linear_bytes`."""
         self.crossover = NEVER
-        self._dense, self._quantized, self._bias = dense, quantized, bias
-        self._few = ops.few if ops else None
-        self._many = ops.many if ops else None
+        self._few = ops.few(self.weight, self.bias)
+        self._many = ops.many(self.weight, self.bias) if ops.many else self._few
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._dense is not None:
-            return torch.nn.functional.linear(x, self._dense, self._bias)
-        assert self._quantized is not None
-        op = self._few if x.shape[0] < self.crossover else self._many
-        assert op is not None
-        y = op(x, self._quantized)
-        return y if self._bias is None else y.add_(self._bias)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of weight, scales and bias; equals `formats.linear_bytes`."""
-        weight = self._dense if self._dense is not None else self._quantized
-        assert weight is not None
-        return weight.nbytes + (self._bias.nbytes if self._bias is not None else 0)
+        """x [T, K] → [T, N]."""
+        return self._few(x) if x.shape[0] < self.crossover else self._many(x)
 
     @property
     def has_many_op(self) -> bool:
         """There is a choice to make by the number of tokens."""
-        return self._many is not None
+        return self._many is not self._few
+
+
+def _checked_shape(weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
+    """(N, K) of a weight whose bias, if any, fits it."""
+    if weight.ndim != 2:
+        raise ValueError(f"a linear layer's weight is [N, K], not {list(weight.shape)}")
+    n_out, n_in = weight.shape
+    if bias is not None and bias.shape != (n_out,):
+        raise ValueError(f"a bias of {list(bias.shape)} does not fit a weight of {[n_out, n_in]}")
+    return n_out, n_in
 
 
 def quantize_linear(
@@ -102,54 +148,44 @@ def quantize_linear(
         fmt: wanted format.
         device: torch device name.
     Raises:
-        ValueError: no such format on this device, or non-finite weights.
+        ValueError: no such format on this device, shapes that do not fit, or non-finite weights.
     """
-    kind = device.partition(":")[0]
-    act = DTYPES[activation_dtype(fmt)]
-    own_bias = None if bias is None else bias.detach().to(act).clone()
-    if fmt in (Format.FP32, Format.BF16):
-        dense = torch.empty(weight.shape, dtype=act, device=device)
-        dense.copy_(weight)
-        return Linear(fmt, dense=dense, quantized=None, bias=own_bias, ops=None)
-    ops = OPS.get((kind, fmt))
-    if ops is None:
-        known = ", ".join(str(f) for d, f in OPS if d == kind) or "none"
-        raise ValueError(f"format {fmt} has no ops on device {kind}; there are: {known}")
-    return Linear(fmt, dense=None, quantized=quantize_rows(weight), bias=own_bias, ops=ops)
+    return Linear(fmt, weight, bias, device=device)
 
 
-def measure_crossover(linear: Linear) -> int:
-    """Smallest measured number of tokens at which the many-token op is faster, and stays so.
+def measure_crossover(linear: Linear, *alike: Linear, limit_s: float = MEASURE_LIMIT_S) -> int:
+    """Number of tokens from which on `linear`'s many-token op is faster, measured here and now.
 
-    Takes at most about 0.25 s. `NEVER` when there is no choice or the few-token op always won.
+    Sets nothing. Takes about `limit_s` at most. `NEVER` when there is no choice, or when the
+    few-token op always won.
+
+    Args:
+        linear: one layer of a shape and format.
+        alike: others of the same shape and format. Runs go round all of them, so that weights come
+            from memory, as in a decode step, and not from a cache that holds one layer.
+        limit_s: seconds after which no further number of tokens is tried.
     """
     if not linear.has_many_op:
         return NEVER
-    kept = linear.crossover
-    deadline = time.perf_counter() + MEASURE_LIMIT_S
-    crossover = NEVER
-    for tokens in CROSSOVER_CANDIDATES:
-        x = torch.zeros((tokens, linear.n_in), dtype=torch.bfloat16)
-        linear.crossover = NEVER
-        few = _best_of(linear, x)
-        linear.crossover = 0
-        many = _best_of(linear, x)
-        if many < few:
-            crossover = min(crossover, tokens)
-        else:
-            crossover = NEVER
-        if time.perf_counter() > deadline:
-            # The few-token op's time grows with every token: past the limit it does not come back.
-            crossover = tokens if crossover == NEVER and many < 2 * few else crossover
-            break
-    linear.crossover = kept
-    return crossover
+    layers = (linear, *alike)
+    dtype = DTYPES[activation_dtype(linear.format)]
+    inputs: dict[int, Tensor] = {}
+    turn = 0
+
+    def run(tokens: int, *, many: bool) -> None:
+        nonlocal turn
+        if tokens not in inputs:
+            inputs[tokens] = _typical_input(tokens, linear.n_in).to(linear.device, dtype)
+        layer = layers[turn % len(layers)]
+        turn += 1
+        (layer._many if many else layer._few)(inputs[tokens])
+
+    with torch.inference_mode():
+        return find_crossover(partial(run, many=False), partial(run, many=True), limit_s=limit_s)
 
 
-def _best_of(linear: Linear, x: Tensor, repeats: int = 5) -> float:
-    best = float("inf")
-    for _ in range(repeats):
-        started = time.perf_counter()
-        linear(x)
-        best = min(best, time.perf_counter() - started)
-    return best
+def _typical_input(tokens: int, n_in: int) -> Tensor:
+    """[T, K] fp32 with some outlier columns, which cost `llm_int8` time, as real activations do."""
+    x = torch.randn(tokens, n_in, generator=torch.Generator().manual_seed(0)).clamp_(-4.0, 4.0)
+    x[:, ::OUTLIER_EVERY] *= 5.0
+    return x

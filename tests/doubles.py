@@ -33,8 +33,8 @@ def expected_output(prompt: Sequence[int], count: int, vocab_size: int) -> list[
 class ModelStages:
     """Stages as a FIFO with a paged KV store of (position, token) in every slot.
 
-    Every slice reads its whole context back out of the store: a block that was lost, shared wrongly or
-    written by another shows at once, and the next token depends on the whole context.
+    Every slice reads its whole context back out of the store: a block that was lost, shared
+    wrongly or written by another shows at once, and the next token depends on the whole context.
     """
 
     def __init__(self, *, num_blocks: int, block_size: int, vocab_size: int) -> None:

@@ -32,6 +32,17 @@ def test_a_stage_that_has_read_nothing_has_no_rate():
     assert describe(0, loading(0, message="")) == "stage 0: loading 0 bytes of 100.0 MiB (0 %)"
 
 
+def test_a_stage_that_has_read_all_has_no_time_left_and_a_ready_one_reads_nothing():
+    measuring = LoadProgress(
+        phase="calibrating", bytes_done=MIB, bytes_total=MIB, elapsed_s=1, message="kernels"
+    )
+    assert describe(0, measuring).endswith("(100 %), 1.0 MiB/s; kernels")
+    ready = LoadProgress(
+        phase="ready", bytes_done=MIB, bytes_total=MIB, elapsed_s=1.5, message="kernels"
+    )
+    assert describe(0, ready) == "stage 0: ready 1.0 MiB of 1.0 MiB (100 %) after 1.5 s"
+
+
 def test_a_failed_stage_says_why():
     failed = LoadProgress(phase="failed", message="model.safetensors is truncated")
     assert describe(0, failed) == "stage 0: failed; model.safetensors is truncated"

@@ -70,19 +70,25 @@ VARIANTS = {
     "llama-dynamic": lambda: _llama(**_rope("dynamic", factor=2.0)),
     "llama-llama3": lambda: _llama(
         **_rope(
-            "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+            "llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
             original_max_position_embeddings=64,
         )
-    ),  # fmt: skip
-    "llama-yarn": lambda: _llama(
-        **_rope("yarn", factor=4.0, original_max_position_embeddings=128)
     ),
+    "llama-yarn": lambda: _llama(**_rope("yarn", factor=4.0, original_max_position_embeddings=128)),
     "llama-yarn-mscale": lambda: _llama(
         **_rope(
-            "yarn", factor=4.0, original_max_position_embeddings=128, mscale=0.7,
-            mscale_all_dim=0.9, beta_fast=16.0, beta_slow=2.0,
+            "yarn",
+            factor=4.0,
+            original_max_position_embeddings=128,
+            mscale=0.7,
+            mscale_all_dim=0.9,
+            beta_fast=16.0,
+            beta_slow=2.0,
         )
-    ),  # fmt: skip
+    ),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**_llama_sizes(sliding_window=None))),
     "mistral-window": lambda: MistralForCausalLM(MistralConfig(**_llama_sizes(sliding_window=320))),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_llama_sizes(tie_word_embeddings=True))),

@@ -1,7 +1,8 @@
-"""The Ray shell of a stage: life cycle and control calls. The only module of the data plane that knows Ray.
+"""The Ray shell of a stage: life cycle and control calls. The only module of the data plane that
+knows Ray.
 
-Micro-batches never pass through Ray: `run` takes them from the link until it is told to stop, and its
-ObjectRef is the stage's sign of life.
+Micro-batches never pass through Ray: `run` takes them from the link until it is told to stop, and
+its ObjectRef is the stage's sign of life.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ class StageActor:
         self._node_id = ray.get_runtime_context().get_node_id()
         self._progress = LoadProgress(phase="waiting")
         self._stop = threading.Event()
-        # All arithmetic happens on this one thread. OpenMP keeps a team of threads for every thread that
-        # ever computed; as soon as all teams together outnumber the cores, its threads stop spinning
-        # between operations and a step takes twice as long (measured: 13.7 ms for 7.3).
+        # All arithmetic happens on this one thread. OpenMP keeps a team of threads for every
+        # thread that ever computed; as soon as all teams together outnumber the cores, its threads
+        # stop spinning between operations and a step takes twice as long (measured: 13.7 ms for
+        # 7.3).
         self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
         self._stage: Stage | None = None
         self._sender: Sender | None = None
@@ -87,8 +89,8 @@ class StageActor:
         return self._stage
 
     def run(self) -> None:
-        """Compute micro-batches until `stop`. A step that fails ends the run, and with it the stage: its KV
-        cache is no longer what the control plane believes."""
+        """Compute micro-batches until `stop`. A step that fails ends the run, and with it the
+        stage: its KV cache is no longer what the control plane believes."""
         self._compute.submit(self._run).result()
 
     def _run(self) -> None:

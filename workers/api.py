@@ -24,7 +24,8 @@ class SamplingSpec:
     seed: int = 0
     """64-bit key of the sequence; with the drawn token's position it decides the draw."""
     repetition_penalty: float = 1.0
-    """Divides (multiplies, if negative) logits of tokens seen in prompt or output (CTRL, 1909.05858)."""
+    """Divides (multiplies, if negative) logits of tokens seen in prompt or output (CTRL,
+    1909.05858)."""
     presence_penalty: float = 0.0
     """Subtracted once from logits of tokens present in the output."""
     frequency_penalty: float = 0.0

@@ -1,4 +1,5 @@
-"""A micro-batch as tensors, built once per step for all layers. T tokens, B sequences, S context."""
+"""A micro-batch as tensors, built once per step for all layers. T tokens, B sequences, S
+context."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ class AttentionGroup:
     first_slot: int | None
     """Set when one sequence's blocks lie in a row in memory: no gather is needed."""
     mask: Tensor | None
-    """Additive, broadcastable to [B, heads, queries, S]; None: everything is visible (or causal)."""
+    """Additive, broadcastable to [B, heads, queries, S]; None: everything is visible (or
+    causal)."""
     causal: bool
     """A whole prompt from position 0: plain causal attention."""
 
@@ -68,10 +70,10 @@ class BatchBuilder:
     ) -> None:
         self._config, self._dtype = config, dtype
         self._block_size, self._num_blocks = block_size, num_blocks
-        self._slopes = (
-            alibi_slopes(config.num_heads) if config.position is Position.ALIBI else None
+        self._slopes = alibi_slopes(config.num_heads) if config.position is Position.ALIBI else None
+        self._frequencies = (
+            rotary_frequencies(config.rope, config.head_dim) if config.rope else None
         )
-        self._frequencies = rotary_frequencies(config.rope, config.head_dim) if config.rope else None
 
     def build(self, batch: MicroBatch) -> BatchInputs:
         """See `BatchInputs`.
@@ -195,7 +197,8 @@ class BatchBuilder:
         )
 
     def _decode_mask(self, lengths: list[int], context: int) -> Tensor | None:
-        """[B, 1 or KV heads, 1 or group, S]; None when every context is the longest and unbiased."""
+        """[B, 1 or KV heads, 1 or group, S]; None when every context is the longest and
+        unbiased."""
         if self._slopes is None and min(lengths) == context:
             return None
         distance = torch.arange(context)[None] - (torch.tensor(lengths) - 1)[:, None]  # [B, S]

@@ -1,7 +1,7 @@
 """One configured transformer block. T tokens, H heads, D head size.
 
-The block is a plain object, not an `nn.Module`: a decode step of a small model is bound by Python and
-operator overhead, and nothing here is ever trained.
+The block is a plain object, not an `nn.Module`: a decode step of a small model is bound by Python
+and operator overhead, and nothing here is ever trained.
 """
 
 from __future__ import annotations

@@ -198,9 +198,7 @@ class DecoderConfig:
                 yield f"{name}.bias", (self.hidden_size,)
 
 
-def _linear(
-    name: str, n_out: int, n_in: int, bias: bool
-) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _linear(name: str, n_out: int, n_in: int, bias: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield f"{name}.weight", (n_out, n_in)
     if bias:
         yield f"{name}.bias", (n_out,)
@@ -219,7 +217,9 @@ class ConfigReader:
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-                raise UnsupportedModelError(f"config.json: {key} is {value!r}, not a positive integer")
+                raise UnsupportedModelError(
+                    f"config.json: {key} is {value!r}, not a positive integer"
+                )
             return value
         if default is None:
             raise UnsupportedModelError(f"config.json has no {' or '.join(keys)}")

@@ -1,8 +1,8 @@
 """The paged KV cache of one shard.
 
-A block holds keys and values of `block_size` consecutive tokens of one sequence; block ids are the same
-on every stage and are owned by the scheduler. Keys and values lie together, [slot, 2, KV heads, D], so
-that a layer writes and gathers them with one call each.
+A block holds keys and values of `block_size` consecutive tokens of one sequence; block ids are the
+same on every stage and are owned by the scheduler. Keys and values lie together, [slot, 2, KV
+heads, D], so that a layer writes and gathers them with one call each.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class KVCache:
     ) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
         width = 2 * num_kv_heads * head_dim
-        # Zeroed: padding of a gathered batch is masked by adding -inf, which a stray NaN would survive.
+        # Zeroed: padding of a gathered batch is masked by adding -inf, which a stray NaN would
+        # survive.
         self._layers = [
             torch.zeros((num_blocks * block_size, width), dtype=dtype) for _ in range(num_layers)
         ]
@@ -68,9 +69,7 @@ class KVCache:
     def window(self, layer: int, first_slot: int, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values of consecutive slots without a copy, each [1, KV heads, length, D]."""
         return self._split(
-            self._layers[layer]
-            .narrow(0, first_slot, length)
-            .view(1, length, *self._kv_shape)
+            self._layers[layer].narrow(0, first_slot, length).view(1, length, *self._kv_shape)
         )
 
     def _split(self, kv: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
 """Links: one-way ZeroMQ channels between neighbouring stages. No torch, no pickle.
 
-A message is two frames: a msgpack header, and the hidden states as raw bytes (empty on the way to the
-first stage). Neighbours on one host talk over a Unix socket in a directory that only its owner can
-enter; across hosts over TCP, encrypted with CURVE. The receiver's public key, which a sender needs to
-connect at all, travels over Ray's control channel only.
+A message is two frames: a msgpack header, and the hidden states as raw bytes (empty on the way to
+the first stage). Neighbours on one host talk over a Unix socket in a directory that only its owner
+can enter; across hosts over TCP, encrypted with CURVE. The receiver's public key, which a sender
+needs to connect at all, travels over Ray's control channel only.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from tightfit.workers.api import MicroBatch, StepResult
 from tightfit.workers.errors import LinkError
 
 M = TypeVar("M")
+
+COPIED_BYTES: Final = 65536
+"""Payloads below this are copied into the socket; larger ones are sent from where they lie."""
 
 DTYPE_BYTES: Final = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -158,7 +161,8 @@ class Sender:
     def __init__(self, endpoint: Endpoint, *, node_id: str) -> None:
         if endpoint.node_id != node_id and endpoint.tcp is None:
             raise LinkError(
-                f"{endpoint.ipc} listens only on its own host, {endpoint.node_id}, and this is {node_id}"
+                f"{endpoint.ipc} listens only on its own host, {endpoint.node_id}, "
+                f"and this is {node_id}"
             )
         self._encoder = msgspec.msgpack.Encoder()
         self._context = zmq.Context(io_threads=1)
@@ -184,7 +188,7 @@ class Sender:
         """
         try:
             self._socket.send(self._encoder.encode(message), zmq.SNDMORE)
-            self._socket.send(payload, copy=len(payload) < 65536)
+            self._socket.send(payload, 0, len(payload) < COPIED_BYTES)
         except zmq.Again as error:
             raise LinkError("the neighbour has taken no message for 10 s") from error
 

@@ -13,7 +13,8 @@ from tightfit.workers.decoder_config import Rope
 def alibi_slopes(num_heads: int) -> Tensor:
     """One slope per head, [H] fp32 (ALiBi, arXiv 2108.12409; BLOOM's rule for other head counts).
 
-    With p the largest power of two ≤ H: the first p are 2^(-8 i / p), i = 1..p; the others are every
+    With p the largest power of two ≤ H: the first p are 2^(-8 i / p), i = 1..p; the others are
+    every
     second slope of 2 p heads.
 
     >>> alibi_slopes(8)[:2].tolist()

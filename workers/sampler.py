@@ -1,9 +1,9 @@
 """Draws tokens. n rows, V vocabulary.
 
-Order of operations (vLLM's, so that users find the same meaning): log-probabilities from the unmodified
-logits; bias and bans; penalties; temperature; min_p; top_k; top_p. The draw is by inverse transform with
-one uniform number from Philox keyed by (sequence seed, position): it depends on nothing else, so a replayed
-position gives the same token in any batch.
+Order of operations (vLLM's, so that users find the same meaning): log-probabilities from the
+unmodified logits; bias and bans; penalties; temperature; min_p; top_k; top_p. The draw is by
+inverse transform with one uniform number from Philox keyed by (sequence seed, position): it
+depends on nothing else, so a replayed position gives the same token in any batch.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def _refuse_nan(logits: Tensor, sequence_ids: Sequence[int]) -> None:
     for row, sequence_id in zip(logits, sequence_ids, strict=True):
         if bool(torch.isnan(row).any()):
             raise StageError(
-                f"sequence {sequence_id}: the logits are not numbers; the weights or the KV cache are "
-                "damaged, or the format overflows on this model"
+                f"sequence {sequence_id}: the logits are not numbers; the weights or the KV "
+                "cache are damaged, or the format overflows on this model"
             )
 
 
@@ -95,7 +95,7 @@ def _adjust(row: Tensor, spec: SamplingSpec) -> None:
         return
     history = torch.tensor(spec.history_token_ids)
     if spec.repetition_penalty != 1.0:
-        seen = history.unique()
+        seen = torch.unique(history)
         values_seen = row[seen]
         row[seen] = torch.where(
             values_seen > 0,
@@ -104,7 +104,7 @@ def _adjust(row: Tensor, spec: SamplingSpec) -> None:
         )
     output = history[spec.num_prompt_tokens :]
     if output.numel():
-        ids_out, counts = output.unique(return_counts=True)
+        ids_out, counts = torch.unique(output, return_counts=True)
         row[ids_out] -= spec.frequency_penalty * counts + spec.presence_penalty
 
 
@@ -135,9 +135,7 @@ def _pick(probabilities: Tensor, seed: int, position: int) -> int:
     return min(index, int(probabilities.nonzero()[-1]))
 
 
-def _token(
-    sequence_id: int, token_id: int, log_probs: Tensor | None, num_top: int
-) -> SampledToken:
+def _token(sequence_id: int, token_id: int, log_probs: Tensor | None, num_top: int) -> SampledToken:
     if log_probs is None:
         return SampledToken(sequence_id=sequence_id, token_id=token_id)
     top: list[tuple[int, float]] = []

@@ -1,7 +1,7 @@
 """A shard: some consecutive layers, with the embedding or the head if it is at an end.
 
-Loading reads this shard's tensors only, layer by layer, straight into their final format: one layer at
-most is in memory at full precision.
+Loading reads this shard's tensors only, layer by layer, straight into their final format: one
+layer at most is in memory at full precision.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ class ShardModel:
         """Read and quantise this shard.
 
         Raises:
-            CheckpointError: a tensor is missing, has another shape, or is not finite. Presence and shapes
+            CheckpointError: a tensor is missing, has another shape, or is not finite. Presence and
+            shapes
                 are checked before anything is read.
         """
         shard = cls(config, spec)

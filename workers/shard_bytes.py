@@ -64,7 +64,8 @@ def embedding_bytes(config: DecoderConfig, fmt: Format) -> int:
 
 
 def head_is_shared(config: DecoderConfig, fmt: Format) -> bool:
-    """A stage that holds both ends keeps the tied tensor once: when both want it in the same format."""
+    """A stage that holds both ends keeps the tied tensor once: when both want it in the same
+    format."""
     return config.tied_head and fmt in (Format.FP32, Format.BF16)
 
 

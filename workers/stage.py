@@ -36,6 +36,11 @@ log = logging.getLogger(__name__)
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def _raw(rows: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, shared with it."""
+    return memoryview(rows.view(torch.uint8).numpy().data).cast("B")
+
+
 def rss_anon_bytes() -> int:
     """Anonymous resident memory of this process, from the kernel."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -122,8 +127,8 @@ class Stage:
         """On a CPU device, have the kernel refuse allocations far beyond the budget.
 
         The limit counts private writable mappings (RLIMIT_DATA), so that a leak fails here, in the
-        process that leaks, rather than by the host's OOM killer in another. One full-precision layer and
-        300 MB for the allocator and threads are allowed on top while loading.
+        process that leaks, rather than by the host's OOM killer in another. One full-precision
+        layer and 300 MB for the allocator and threads are allowed on top while loading.
         """
         budget = self.spec.memory_budget_bytes
         if budget is None or self.spec.device != "cpu":
@@ -215,7 +220,7 @@ class Stage:
         onward = StepMessage(
             batch=batch, hidden_size=rows.shape[1], dtype=self._dtype, forward_s=forward_s
         )
-        return onward, memoryview(rows.contiguous().view(torch.uint8).numpy()).cast("B")
+        return onward, _raw(rows.contiguous())
 
     def _rows(self, message: StepMessage, payload: memoryview) -> Tensor:
         """Hidden states [T, hidden_size] out of a message's second frame."""
@@ -232,7 +237,7 @@ class Stage:
         rows = torch.empty(
             (message.batch.num_tokens, message.hidden_size), dtype=TORCH_DTYPES[message.dtype]
         )
-        memoryview(rows.view(torch.uint8).numpy()).cast("B")[:] = payload
+        _raw(rows)[:] = payload
         return rows
 
     def _finish(

@@ -1,7 +1,8 @@
-"""Converts a checkpoint's tokenizer to tokenizer.json with transformers: `python -m … MODEL TARGET`.
+"""Converts a checkpoint's tokenizer to tokenizer.json with transformers: `python -m … MODEL
+TARGET`.
 
-A process of its own, so that the gateway needs neither transformers nor torch. For SentencePiece and
-vocab/merges tokenizers, and those inside GGUF files.
+A process of its own, so that the gateway needs neither transformers nor torch. For SentencePiece
+and vocab/merges tokenizers, and those inside GGUF files.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
     """See protos/tightfit/v1/cluster.proto.
 
     Args:
-        engine: what is asked; asking the stages takes milliseconds, so it is done off the event loop.
+        engine: what is asked; asking the stages takes milliseconds, so it is done off the event
+        loop.
         on_drain: called when draining is asked for.
     """
 

@@ -166,14 +166,13 @@ def _stops(stops: Sequence[str]) -> tuple[str, ...]:
 def _stop_token_ids(ids: Sequence[int], model: ModelInfo) -> tuple[int, ...]:
     if len(ids) > MAX_STOP_TOKEN_IDS:
         raise InvalidRequestError(
-            "sampling.stop_token_ids", f"has {len(ids)} ids; at most {MAX_STOP_TOKEN_IDS} are allowed"
+            "sampling.stop_token_ids",
+            f"has {len(ids)} ids; at most {MAX_STOP_TOKEN_IDS} are allowed",
         )
     return token_ids("sampling.stop_token_ids", ids, model)
 
 
-def _logit_bias(
-    given: inference_pb2.Sampling, model: ModelInfo
-) -> tuple[tuple[int, float], ...]:
+def _logit_bias(given: inference_pb2.Sampling, model: ModelInfo) -> tuple[tuple[int, float], ...]:
     if len(given.logit_bias) > MAX_LOGIT_BIASES:
         raise InvalidRequestError(
             "sampling.logit_bias",

@@ -15,7 +15,8 @@ from tightfit.cluster.errors import OverloadedError, TightfitError
 log = logging.getLogger(__name__)
 
 MAX_DETAIL_BYTES = 4000
-"""HTTP/2 trailers over 8 KB are dropped by some proxies; gRPC percent-encodes, so stay well below."""
+"""HTTP/2 trailers over 8 KB are dropped by some proxies; gRPC percent-encodes, so stay well
+below."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -32,11 +32,14 @@ def check_admission(
     Raises:
         InvalidRequestError: empty, longer than the context, or its id is in use.
         DeadlineError: its deadline has passed.
-        OverloadedError: with it a queue would be over its limit. An empty queue takes any valid request.
+        OverloadedError: with it a queue would be over its limit. An empty queue takes any valid
+        request.
     """
     num_tokens = len(request.prompt_token_ids) + len(request.resume_token_ids)
     if is_known:
-        raise InvalidRequestError("request_id", f"{request.request_id!r} is in use by a running request")
+        raise InvalidRequestError(
+            "request_id", f"{request.request_id!r} is in use by a running request"
+        )
     if not request.prompt_token_ids:
         raise InvalidRequestError("prompt", "is empty; give at least one token")
     longest = limits.max_context if request.score_only else limits.max_context - 1

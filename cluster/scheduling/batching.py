@@ -1,14 +1,15 @@
 """What runs next: continuous batching, chunked prefill, preemption by recompute.
 
-A plain synchronous class: no clock, no sockets, no torch. The stages are a FIFO, and everything here rests
-on that: a block may change hands while steps that use it are under way, because the new owner's steps
-reach every stage after them.
+A plain synchronous class: no clock, no sockets, no torch. The stages are a FIFO, and everything
+here rests on that: a block may change hands while steps that use it are under way, because the new
+owner's steps reach every stage after them.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence as SequenceOf
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from tightfit.cluster.request import FinishReason, Request, TokenEvent
@@ -77,9 +78,10 @@ class SchedulerCounts:
 class Scheduler:
     """Owns every sequence's state and the KV blocks.
 
-    Order of service is (priority, arrival). Decodes go first, then prefill chunks under the token budget.
-    With several stages a micro-batch takes at most its share of the running sequences, so that there is
-    one for each stage to work on; nobody waits for it, for a stage that has nothing else to do.
+    Order of service is (priority, arrival). Decodes go first, then prefill chunks under the token
+    budget. With several stages a micro-batch takes at most its share of the running sequences, so
+    that there is one for each stage to work on; nobody waits for it, for a stage that has nothing
+    else to do.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -165,9 +167,7 @@ class Scheduler:
         """Some sequence has not ended."""
         return bool(self._by_id)
 
-    def cancel(
-        self, request_id: str, reason: FinishReason, error: str = ""
-    ) -> list[TokenEvent]:
+    def cancel(self, request_id: str, reason: FinishReason, error: str = "") -> list[TokenEvent]:
         """End every sequence of a request; its blocks are free at once. Unknown ids do nothing."""
         return [
             self._end(sequence, reason, error=error)
@@ -297,7 +297,8 @@ class Scheduler:
         )
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Own a block for the next token, taking others' if there is none; False: it had to step back."""
+        """Own a block for the next token, taking others' if there is none; False: it had to step
+        back."""
         if sequence.num_scheduled < len(sequence.block_table) * self.config.block_size:
             return True
         while self._blocks.num_available == 0:
@@ -365,7 +366,8 @@ class Scheduler:
     def apply(
         self, slices: Iterable[SequenceSlice], result: StepResult, now_s: float
     ) -> list[TokenEvent]:
-        """Take in what came back for a micro-batch. Results for sequences that ended are dropped."""
+        """Take in what came back for a micro-batch. Results for sequences that ended are
+        dropped."""
         tokens = {token.sequence_id: token for token in result.tokens}
         scores = {score.sequence_id: score for score in result.scores}
         events = []

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 def block_digest(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """Identity of a full block's content and of all before it, 128 bits.
 
-    A cryptographic hash: two prompts that share a digest by accident would read each other's context.
+    A cryptographic hash: two prompts that share a digest by accident would read each other's
+    context.
     """
     return hashlib.blake2b(
         parent + array("I", token_ids).tobytes(), digest_size=16, usedforsecurity=True
@@ -22,8 +23,9 @@ def block_digest(parent: bytes, token_ids: Sequence[int]) -> bytes:
 class KVBlocks:
     """The pool of `num_blocks` block ids.
 
-    A block is free (nobody's, content meaningless), owned by one or more sequences, or cached: nobody's,
-    but its content is kept under its digest until the room is needed, least recently used first.
+    A block is free (nobody's, content meaningless), owned by one or more sequences, or cached:
+    nobody's, but its content is kept under its digest until the room is needed, least recently
+    used first.
     """
 
     def __init__(self, num_blocks: int) -> None:

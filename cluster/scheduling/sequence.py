@@ -26,9 +26,9 @@ class Sequence:
     """
 
     __slots__ = (
-        "_base", "_digests", "arrival", "block_table", "end_ids", "index", "max_length", "num_applied",
-        "num_cached", "num_prompt", "num_registered", "num_scheduled", "request", "scores",
-        "sequence_id", "tokens", "was_admitted",
+        "_base", "_digests", "arrival", "block_table", "end_ids", "index", "max_length",
+        "num_applied", "num_cached", "num_prompt", "num_registered", "num_scheduled", "request",
+        "scores", "sequence_id", "tokens", "was_admitted",
     )  # fmt: skip
 
     def __init__(
@@ -94,7 +94,11 @@ class Sequence:
         if self.request.score_only:
             return None
         output = self.num_output
-        if output and output >= self.request.sampling.min_tokens and self.tokens[-1] in self.end_ids:
+        if (
+            output
+            and output >= self.request.sampling.min_tokens
+            and self.tokens[-1] in self.end_ids
+        ):
             return FinishReason.STOP
         return FinishReason.LENGTH if len(self.tokens) >= self.max_length else None
 
@@ -120,7 +124,8 @@ class Sequence:
         return self._digests[:num_blocks]
 
     def restart(self, sequence_id: int) -> None:
-        """Compute everything anew under a new id, so that results under way are not mistaken for it."""
+        """Compute everything anew under a new id, so that results under way are not mistaken for
+        it."""
         self.sequence_id = sequence_id
         self.num_scheduled = self.num_applied = self.num_registered = 0
         self.block_table = []

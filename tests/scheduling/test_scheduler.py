@@ -267,7 +267,7 @@ def test_what_can_never_run_and_what_cannot_wait_is_refused():
     scheduler = simulation.scheduler
     with pytest.raises(InvalidRequestError, match="prompt: is empty"):
         scheduler.add(request("a", []), 0.0)
-    with pytest.raises(InvalidRequestError, match="has 200 tokens.*199"):
+    with pytest.raises(InvalidRequestError, match=r"has 200 tokens.*199"):
         scheduler.add(request("a", [1] * 200), 0.0)
     simulation.add(request("a", [1] * 20))
     with pytest.raises(InvalidRequestError, match="in use"):

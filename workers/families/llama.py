@@ -1,4 +1,5 @@
-"""The Llama family: rotary positions, RMSNorm, gated SiLU, grouped KV heads; Mistral and Qwen2 too."""
+"""The Llama family: rotary positions, RMSNorm, gated SiLU, grouped KV heads; Mistral and Qwen2
+too."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
 def from_config(config: HFConfig) -> DecoderConfig:
-    """Llama and what shares its config (SmolLM2 among them); see `decoder_config.decoder_config`."""
+    """Llama and what shares its config (SmolLM2 among them); see
+    `decoder_config.decoder_config`."""
     read = ConfigReader(config)
     hidden = read.integer("hidden_size")
     heads = read.integer("num_attention_heads")
@@ -75,7 +77,8 @@ def from_config(config: HFConfig) -> DecoderConfig:
 
 
 def from_mistral_config(config: HFConfig) -> DecoderConfig:
-    """Mistral: Llama with a sliding window; up to the window attention is full, so it is the context."""
+    """Mistral: Llama with a sliding window; up to the window attention is full, so it is the
+    context."""
     window = config.get("sliding_window")
     return _cut_to_window(from_config({**config, "sliding_window": None}), window)
 
@@ -100,7 +103,9 @@ def _cut_to_window(decoder: DecoderConfig, window: Any) -> DecoderConfig:
 
 def _rope(config: HFConfig, max_position: int) -> Rope:
     """From transformers 5's `rope_parameters`, or the older `rope_theta` and `rope_scaling`."""
-    parameters: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    parameters: Mapping[str, Any] = (
+        config.get("rope_parameters") or config.get("rope_scaling") or {}
+    )
     read = ConfigReader(parameters)
     theta = read.number("rope_theta", ConfigReader(config).number("rope_theta", 10000.0))
     kind = parameters.get("rope_type", parameters.get("type", "default"))
@@ -140,7 +145,8 @@ def _rope(config: HFConfig, max_position: int) -> Rope:
 
 
 def _attention_factor(parameters: Mapping[str, Any], factor: float) -> float:
-    """YaRN's temperature (arXiv 2309.00071, eq. 22), or the ratio that mscale and mscale_all_dim give."""
+    """YaRN's temperature (arXiv 2309.00071, eq. 22), or the ratio that mscale and mscale_all_dim
+    give."""
     given = parameters.get("attention_factor")
     if given is not None:
         return float(given)

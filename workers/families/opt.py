@@ -33,7 +33,8 @@ NAMES = TensorNames(
 )
 
 POSITION_OFFSET = 2
-"""OPT's position table starts with two rows that positions never reach (OPTLearnedPositionalEmbedding)."""
+"""OPT's position table starts with two rows that positions never reach
+(OPTLearnedPositionalEmbedding)."""
 
 
 def from_config(config: HFConfig) -> DecoderConfig:

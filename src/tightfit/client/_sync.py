@@ -134,5 +134,6 @@ class Client:
         return self._call(self._cluster.GetStatus, cluster_pb2.GetStatusRequest())
 
     def drain(self) -> int:
-        """Have the service take no new requests and end after the running ones; how many those are."""
+        """Have the service take no new requests and end after the running ones; how many those
+        are."""
         return self._call(self._cluster.Drain, cluster_pb2.DrainRequest()).unfinished_requests

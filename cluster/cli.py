@@ -1,0 +1,227 @@
+"""The `tightfit` command: reads flags and configuration, then hands over to what does the work.
+
+Nothing heavy is imported before a command is known, so that `tightfit --help` answers at once. Exit
+codes: 0 done, 1 failed, 2 wrong usage or configuration, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tightfit import __version__
+from tightfit.cluster.config import (
+    ClientConfig,
+    ServeConfig,
+    client_config,
+    read_config_file,
+    serve_config,
+)
+from tightfit.cluster.errors import ConfigError, TightfitError
+from tightfit.cluster.settings import Setting, settings
+from tightfit.workers.errors import WorkerError
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:2] == ["bench", "serve"]:
+        from tightfit.client.load import main as bench_serve
+
+        return bench_serve(arguments[2:])
+    args = build_parser().parse_args(arguments)
+    try:
+        run: int = args.run(args)
+        return run
+    except (TightfitError, WorkerError) as error:
+        print(f"tightfit {args.command}: {error}", file=sys.stderr)
+        return USAGE if isinstance(error, _UsageError) else FAILED
+    except BrokenPipeError:  # what read our output has ended, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+class _UsageError(ConfigError):
+    """A flag or a line of the configuration file is wrong; nothing was started."""
+
+
+# -- commands --------------------------------------------------------------------------------
+
+
+def _serve(args: argparse.Namespace) -> int:
+    try:
+        config = serve_config(_file(args), _flags(args, ServeConfig))
+    except ConfigError as error:
+        raise _UsageError(str(error)) from None
+    logging.basicConfig(
+        level=args.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    from tightfit.cluster import ray_environment
+
+    # Before anything imports Ray, which reads its environment then.
+    ray_environment.prepare(is_private=config.ray_address is None)
+    from tightfit.cluster.deployment import serve
+
+    return serve(config)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    config = _client(args)
+    from tightfit.cluster.cli_client import generate
+
+    return generate(config, args)
+
+
+def _status(args: argparse.Namespace) -> int:
+    config = _client(args)
+    from tightfit.cluster.cli_client import status
+
+    return status(config, as_json=args.json)
+
+
+def _drain(args: argparse.Namespace) -> int:
+    config = _client(args)
+    from tightfit.cluster.cli_client import drain
+
+    return drain(config)
+
+
+def _client(args: argparse.Namespace) -> ClientConfig:
+    try:
+        return client_config(_file(args), _flags(args, ClientConfig))
+    except ConfigError as error:
+        raise _UsageError(str(error)) from None
+
+
+def _file(args: argparse.Namespace) -> dict[str, dict[str, object]]:
+    return read_config_file(args.config) if args.config is not None else {}
+
+
+def _flags(
+    args: argparse.Namespace, section: type[ServeConfig | ClientConfig]
+) -> dict[str, object]:
+    """Settings that were given as flags, by key."""
+    return {
+        setting.key: getattr(args, setting.key)
+        for setting in settings(section)
+        if hasattr(args, setting.key)
+    }
+
+
+# -- flags -----------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="tightfit",
+        description="Serves large language models, quantised, on the fewest devices.",
+    )
+    parser.add_argument("--version", action="version", version=f"tightfit {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="serve a model over gRPC")
+    serve.add_argument(
+        "model",
+        nargs="?",
+        default=argparse.SUPPRESS,
+        metavar="MODEL",
+        help="checkpoint directory or GGUF file; default: serve.model of the configuration file",
+    )
+    _add_config(serve, ServeConfig)
+    serve.add_argument(
+        "--log-level", default="warning", choices=["debug", "info", "warning", "error"]
+    )
+    serve.set_defaults(run=_serve)
+
+    generate = commands.add_parser("generate", help="stream the answer of a running service")
+    generate.add_argument("prompt", metavar="PROMPT", help='the prompt; "-" reads standard input')
+    _add_config(generate, ClientConfig)
+    _add_sampling(generate)
+    generate.set_defaults(run=_generate)
+
+    status = commands.add_parser("status", help="show stages, memory and load of a running service")
+    _add_config(status, ClientConfig)
+    status.add_argument("--json", action="store_true", help="print JSON")
+    status.set_defaults(run=_status)
+
+    drain = commands.add_parser("drain", help="let running streams finish, take no new requests")
+    _add_config(drain, ClientConfig)
+    drain.set_defaults(run=_drain)
+
+    bench = commands.add_parser("bench", help="measure a running service: `tightfit bench serve`")
+    bench.add_argument("what", choices=["serve"], help="see `tightfit bench serve --help`")
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser, section: type[ServeConfig | ClientConfig]) -> None:
+    """`--config`, and a flag per setting of the section; one that is not given leaves no trace."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML configuration file")
+    group = parser.add_argument_group("settings (each also a key of the configuration file)")
+    for setting in settings(section):
+        if not setting.is_required:
+            _add_setting(group, setting)
+
+
+def _add_setting(group: argparse._ArgumentGroup, setting: Setting) -> None:
+    flag = f"--{setting.key.replace('_', '-')}"
+    help_text = setting.option.help.replace("%", "%%")
+    if setting.kind is bool:
+        group.add_argument(flag, dest=setting.key, default=argparse.SUPPRESS, help=help_text,
+                           action=argparse.BooleanOptionalAction)  # fmt: skip
+        return
+    metavar = "SIZE" if setting.option.is_size else {int: "N", float: "X"}.get(setting.kind, "TEXT")
+    group.add_argument(
+        flag,
+        dest=setting.key,
+        default=argparse.SUPPRESS,
+        help=help_text,
+        type=str if setting.option.is_size else setting.kind,
+        choices=setting.option.choices or None,
+        metavar=None if setting.option.choices else metavar,
+    )
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Everything that a request can ask for; what is not given is left to the service."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object per chunk")
+    parser.add_argument("--model", help="name of the model; default: whatever is served")
+    parser.add_argument("--chat", action="store_true", help="apply the model's chat template")
+    parser.add_argument("--system", help="system message; implies --chat")
+    group = parser.add_argument_group("sampling")
+    add = group.add_argument
+    add("--max-tokens", type=int, help="default: 128")
+    add("--min-tokens", type=int, help="no end of text before this many")
+    add("--temperature", type=float, help="0 (the default) is greedy")
+    add("--top-p", type=float, help="smallest set of tokens with this much probability")
+    add("--top-k", type=int, help="this many most probable tokens; 0: all")
+    add("--min-p", type=float, help="tokens at least this probable, relative to the best")
+    add("--seed", type=int, help="draws are a function of the seed and the position")
+    add("--repetition-penalty", type=float)
+    add("--presence-penalty", type=float)
+    add("--frequency-penalty", type=float)
+    add("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    add("--stop-token-id", action="append", type=int, dest="stop_token_ids", metavar="ID")
+    add("--ignore-eos", action="store_true", default=None, help="go on after the end-of-text token")
+    add("--logprobs", type=int, metavar="K", help="log-probabilities, and of the K best (--json)")
+    add("--logit-bias", action="append", type=_logit_bias, metavar="ID=BIAS")
+    add("-n", type=int, dest="n", metavar="N", help="answers to the same prompt")
+    add("--priority", type=int, help="higher runs first")
+
+
+def _logit_bias(text: str) -> tuple[int, float]:
+    token_id, _, bias = text.partition("=")
+    return int(token_id), float(bias)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""Configuration: frozen dataclasses from one YAML file, command-line flags over it.
+
+The file has a section per part: `serve` for the service, `client` for the commands that talk to
+one. A new setting is one field here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from tightfit.cluster.settings import Option, Values, build, read_file
+from tightfit.kernels.formats import SUPPORTED_FORMATS
+
+DEFAULT_LISTEN = "127.0.0.1:50051"
+PLACEMENT_STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """(host, port) of "host:port" or "[::1]:port".
+
+    Raises:
+        ValueError: no port, or one that is none.
+    """
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
+        raise ValueError(f"{text!r} is not host:port, such as {DEFAULT_LISTEN}")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise ValueError(f"{text!r}: write an IPv6 host in brackets, such as [::1]:50051")
+    return host, int(port)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """Everything that `tightfit serve` can be told."""
+
+    model: Annotated[str, Option("Checkpoint directory, or one GGUF file.")]
+    served_model_name: Annotated[
+        str | None,
+        Option("Name that requests may carry; default: the last part of the model's path."),
+    ] = None
+    format: Annotated[
+        str,
+        Option("How linear layers are stored.", choices=tuple(map(str, SUPPORTED_FORMATS))),
+    ] = "int8"
+    stages: Annotated[int, Option("Pipeline stages.", at_least=1)] = 1
+    device: Annotated[str, Option("Kind of device of every stage.", choices=("cpu",))] = "cpu"
+    listen: Annotated[
+        str,
+        Option("host:port of the gRPC gateway; port 0 takes a free one.", check=split_address),
+    ] = DEFAULT_LISTEN
+    metrics_listen: Annotated[
+        str | None,
+        Option("host:port for Prometheus to scrape; default: none.", check=split_address),
+    ] = None
+    ray_address: Annotated[
+        str | None,
+        Option('Ray cluster to join: "auto" or host:port; default: a private one, here.'),
+    ] = None
+    ray_strategy: Annotated[
+        str, Option("How Ray places stages on nodes.", choices=PLACEMENT_STRATEGIES)
+    ] = "PACK"
+    placement_timeout_s: Annotated[
+        float, Option("Seconds to wait for room in the Ray cluster.", at_least=0)
+    ] = 60.0
+    load_timeout_s: Annotated[float, Option("Seconds that loading may take.", at_least=1)] = 1800.0
+    threads_per_stage: Annotated[
+        int,
+        Option(
+            "CPU threads of each stage; default: this machine's cores divided among the stages.",
+            at_least=1,
+        ),
+    ] = 1
+    memory_budget_bytes: Annotated[
+        int | None,
+        Option(
+            "Most memory of each stage for weights, KV cache and workspace, such as 4GiB; "
+            "default: no limit.",
+            key="memory_budget",
+            at_least=1,
+            is_size=True,
+        ),
+    ] = None
+    block_size: Annotated[int, Option("Tokens in a KV block.", at_least=1)] = 16
+    kv_blocks: Annotated[
+        int | None,
+        Option(
+            "KV blocks on every stage; default: as many as the budget leaves, up to max_kv_blocks.",
+            at_least=1,
+        ),
+    ] = None
+    max_kv_blocks: Annotated[
+        int, Option("Most KV blocks when kv_blocks is not given.", at_least=1)
+    ] = 4096
+    max_batch_tokens: Annotated[int, Option("Most tokens in one micro-batch.", at_least=1)] = 512
+    max_running_sequences: Annotated[
+        int, Option("Most sequences that hold KV blocks.", at_least=1)
+    ] = 256
+    max_queued_requests: Annotated[
+        int, Option("Requests that may wait; more are refused.", at_least=0)
+    ] = 1024
+    max_queued_tokens: Annotated[
+        int, Option("Prompt tokens that may wait; more are refused.", at_least=0)
+    ] = 1_000_000
+    max_context: Annotated[
+        int | None,
+        Option(
+            "Most tokens of prompt and output together; default: the model's limit.", at_least=2
+        ),
+    ] = None
+    prefix_cache: Annotated[bool, Option("Reuse the KV cache of prompts that begin alike.")] = True
+    drain_grace_s: Annotated[
+        float, Option("Seconds that running streams get to finish on SIGTERM.", at_least=0)
+    ] = 30.0
+
+    @property
+    def model_name(self) -> str:
+        """Name under which the model is served."""
+        path = Path(self.model)
+        name = path.name.removesuffix(".gguf") or path.resolve().name
+        return self.served_model_name or name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientConfig:
+    """How the client commands reach a service."""
+
+    target: Annotated[
+        str,
+        Option(
+            "host:port of the service; default: serve.listen of the same file.",
+            check=split_address,
+        ),
+    ] = DEFAULT_LISTEN
+    timeout_s: Annotated[float, Option("Seconds until a request is given up.", at_least=0.001)] = (
+        600.0
+    )
+
+
+SECTIONS: Mapping[str, type[Any]] = {"serve": ServeConfig, "client": ClientConfig}
+
+
+def read_config_file(path: Path) -> dict[str, dict[str, object]]:
+    """Sections of a YAML file, every key known, no value checked yet.
+
+    Raises:
+        ConfigError: it cannot be read, is not YAML, or has an unknown or repeated key.
+    """
+    return read_file(path, SECTIONS)
+
+
+def serve_config(file: Mapping[str, Values], flags: Values | None = None) -> ServeConfig:
+    """The service's configuration: `flags` (by key) over the file's `serve` section.
+
+    Raises:
+        ConfigError: see `build`.
+    """
+    values = {**file.get("serve", {}), **(flags or {})}
+    config = build(ServeConfig, "serve", values)
+    if "threads_per_stage" not in values and config.ray_address is None:
+        cores = len(os.sched_getaffinity(0))
+        config = dataclasses.replace(config, threads_per_stage=max(1, cores // config.stages))
+    return config
+
+
+def client_config(file: Mapping[str, Values], flags: Values | None = None) -> ClientConfig:
+    """The client's configuration; without a target, the same file's service.
+
+    Raises:
+        ConfigError: see `build`.
+    """
+    values = {**file.get("client", {}), **(flags or {})}
+    listen = file.get("serve", {}).get("listen")
+    if "target" not in values and listen is not None:
+        values["target"] = re.sub(r"^(0\.0\.0\.0|\[::\]):", "127.0.0.1:", str(listen))
+    return build(ClientConfig, "client", values)

@@ -1,0 +1,121 @@
+"""Which layers go on which stage, by all the bytes that a stage needs: weights, KV, workspace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tightfit.cluster.errors import PlacementError
+from tightfit.cluster.planning.split import split_layers
+from tightfit.cluster.units import format_bytes
+from tightfit.kernels.formats import Format
+from tightfit.workers.decoder_config import DecoderConfig
+from tightfit.workers.shard_bytes import (
+    head_bytes,
+    kv_block_bytes,
+    model_bytes,
+    shard_bytes,
+    workspace_bytes,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageBytes:
+    """What one stage is predicted to need."""
+
+    weights: int
+    """Weights with scales and biases; embedding and LM head where the stage holds them."""
+    kv_cache: int
+    """KV blocks, all layers of the stage."""
+    workspace: int
+    """Activations, logits and scratch of the largest micro-batch."""
+
+    @property
+    def total(self) -> int:
+        """What counts against the stage's budget."""
+        return self.weights + self.kv_cache + self.workspace
+
+
+def stage_bytes(
+    model: DecoderConfig,
+    fmt: Format,
+    first_layer: int,
+    end_layer: int,
+    *,
+    kv_blocks: int,
+    block_size: int,
+    max_batch_tokens: int,
+) -> StageBytes:
+    """Bytes of the stage that holds layers [first_layer, end_layer)."""
+    return StageBytes(
+        weights=shard_bytes(
+            model,
+            fmt,
+            first_layer,
+            end_layer,
+            has_embedding=first_layer == 0,
+            has_head=end_layer == model.num_layers,
+        ),
+        kv_cache=kv_blocks * kv_block_bytes(model, fmt, end_layer - first_layer, block_size),
+        workspace=workspace_bytes(model, fmt, max_batch_tokens),
+    )
+
+
+def plan_stages(
+    model: DecoderConfig,
+    fmt: Format,
+    *,
+    num_stages: int,
+    budget_bytes: int | None = None,
+    kv_blocks: int | None = None,
+    block_size: int = 16,
+    max_batch_tokens: int = 512,
+) -> list[tuple[int, int]]:
+    """Contiguous layers for each stage so that the fullest stage needs least memory.
+
+    Args:
+        model: the decoder.
+        fmt: format of the linear layers.
+        num_stages: how many stages.
+        budget_bytes: most bytes on each stage for weights, KV cache and workspace; None: no limit.
+        kv_blocks: KV blocks on every stage; None: one is counted, the stage takes what is left.
+        block_size: tokens in a KV block.
+        max_batch_tokens: most tokens in a micro-batch.
+
+    Returns:
+        One (first layer, one past the last) per stage.
+
+    Raises:
+        PlacementError: more stages than layers, or the model does not fit the budget.
+    """
+    weights = model_bytes(model, fmt)
+    kv_per_layer = (kv_blocks or 1) * kv_block_bytes(model, fmt, 1, block_size)
+    head = weights.head
+    if num_stages == 1 and weights.head_shared:
+        head = head_bytes(model, fmt, shared=True)
+    return split_layers(
+        [layer + kv_per_layer for layer in weights.layers],
+        weights.embedding,
+        head,
+        num_stages,
+        _budgets(model, fmt, num_stages, budget_bytes, max_batch_tokens),
+    )
+
+
+def _budgets(
+    model: DecoderConfig,
+    fmt: Format,
+    num_stages: int,
+    budget_bytes: int | None,
+    max_batch_tokens: int,
+) -> list[int] | None:
+    """What each stage has left for weights and KV; every stage needs the same workspace."""
+    if budget_bytes is None:
+        return None
+    workspace = workspace_bytes(model, fmt, max_batch_tokens)
+    if workspace >= budget_bytes:
+        raise PlacementError(
+            f"micro-batches of {max_batch_tokens} tokens need {format_bytes(workspace)} of "
+            f"workspace on every stage, but its budget is {format_bytes(budget_bytes)}. Lower "
+            "max_batch_tokens or raise memory_budget"
+        )
+    return [budget_bytes - workspace] * num_stages

@@ -1,0 +1,115 @@
+"""The command line: flags, configuration, exit codes."""
+
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+from tightfit.cluster import cli
+from tightfit.cluster.errors import PlacementError
+from tightfit.workers.errors import CheckpointError
+
+TIGHTFIT = Path(sys.executable).parent / "tightfit"
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Puts a recorder where the deployment would be; returns the configurations it is given."""
+    seen = []
+    module = types.ModuleType("tightfit.cluster.deployment")
+
+    def serve(config):
+        seen.append(config)
+        return 0
+
+    module.serve = serve
+    monkeypatch.setitem(sys.modules, "tightfit.cluster.deployment", module)
+    return seen
+
+
+def test_serve_hands_over_the_file_with_the_flags_over_it(served, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("serve:\n  model: from-file\n  stages: 3\n  memory_budget: 1GiB\n")
+    flags = ["--stages", "2", "--no-prefix-cache", "--memory-budget", "2GiB"]
+    assert cli.main(["serve", "--config", str(file), *flags]) == 0
+    (config,) = served
+    assert config.model == "from-file"
+    assert config.stages == 2
+    assert config.prefix_cache is False
+    assert config.memory_budget_bytes == 2 * 2**30
+
+
+def test_the_model_on_the_command_line_wins(served, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("serve:\n  model: from-file\n")
+    assert cli.main(["serve", "given", "--config", str(file)]) == 0
+    assert served[0].model == "given"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["serve"], "serve.model is missing"),
+        (["serve", "m", "--stages", "0"], "serve.stages: 0 is less than 1"),
+        (["serve", "m", "--memory-budget", "lots"], "serve.memory_budget: 'lots' is not a size"),
+        (["serve", "m", "--listen", "here"], "serve.listen: 'here' is not host:port"),
+        (["serve", "m", "--config", "/nowhere.yaml"], "/nowhere.yaml: cannot be read"),
+        (["status", "--target", "here"], "client.target: 'here' is not host:port"),
+    ],
+)
+def test_a_wrong_setting_exits_with_2_and_one_line(served, capsys, arguments, complaint):
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert error.startswith(f"tightfit {arguments[0]}: ")
+    assert error.count("\n") == 1
+    assert served == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["serv"],
+        ["serve", "m", "--stages", "two"],
+        ["serve", "m", "--format", "int9"],
+        ["serve", "m", "--stags", "2"],
+        ["generate"],
+        ["generate", "p", "--logit-bias", "x"],
+        ["bench", "everything"],
+    ],
+)
+def test_a_command_line_that_makes_no_sense_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: tightfit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [PlacementError("stage 1 lacks 2 GiB"), CheckpointError("a.safetensors", "x", "is truncated")],
+)
+def test_what_the_deployment_refuses_exits_with_1_and_its_words(monkeypatch, capsys, error):
+    module = types.ModuleType("tightfit.cluster.deployment")
+
+    def serve(config):
+        raise error
+
+    module.serve = serve
+    monkeypatch.setitem(sys.modules, "tightfit.cluster.deployment", module)
+    assert cli.main(["serve", "m"]) == 1
+    assert str(error) in capsys.readouterr().err
+
+
+def test_help_answers_at_once():
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run([TIGHTFIT, "--help"], capture_output=True, text=True, check=True)
+        times.append(time.perf_counter() - started)
+    assert "serve" in done.stdout
+    assert min(times) < 0.6  # 0.07 s on an idle core

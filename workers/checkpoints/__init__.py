@@ -1,0 +1,1 @@
+"""Readers of checkpoint files, one module per file format. `workers.checkpoint` is the door."""
