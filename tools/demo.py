@@ -99,7 +99,8 @@ def stop(server: subprocess.Popen[bytes], family: set[psutil.Process]) -> bool:
 
 def main() -> int:
     """Run the demo; returns the exit code."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    for number in (signal.SIGINT, signal.SIGTERM):  # even where the parent had them ignored
+        signal.signal(number, signal.default_int_handler)
     started = time.monotonic()
     target = f"127.0.0.1:{free_port()}"
     here = ["--target", target]

@@ -233,13 +233,16 @@ class ShardModel:
             yield "head", self._head
 
     def _set_crossovers(self) -> None:
-        """Measure each kind of linear layer once, on the first of its kind."""
+        """Measure each kind of linear layer once, on all of its kind in turn: the weights then come
+        from memory, as they do in a step."""
+        kinds: dict[str, list[Linear]] = {}
         for kind, linear in self._linears():
-            if not linear.has_many_op:
-                continue
-            if kind not in self.crossover_tokens:
-                self.crossover_tokens[kind] = measure_crossover(linear)
-            linear.crossover = self.crossover_tokens[kind]
+            if linear.has_many_op:
+                kinds.setdefault(kind, []).append(linear)
+        for kind, alike in kinds.items():
+            self.crossover_tokens[kind] = measure_crossover(*alike)
+            for linear in alike:
+                linear.crossover = self.crossover_tokens[kind]
 
     # -- memory ------------------------------------------------------------------------------
 
