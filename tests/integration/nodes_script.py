@@ -1,0 +1,67 @@
+"""Serves a model on a Ray cluster of three nodes, none of which has room for two stages.
+
+`python nodes_script.py MODEL PROMPT_LENGTH`: prints a JSON object. Run in a network namespace.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+
+import tightfit.cluster.ray_environment as ray_environment
+
+ray_environment.prepare(is_private=False)
+
+import ray  # noqa: E402
+from prometheus_client import CollectorRegistry  # noqa: E402
+from ray.cluster_utils import Cluster  # noqa: E402
+
+from tightfit.cluster.config import ServeConfig  # noqa: E402
+from tightfit.cluster.deployment import (  # noqa: E402
+    make_engine,
+    ray_options,
+    stage_specs,
+    start_replica,
+)
+from tightfit.cluster.launch import RaySession, describe_model  # noqa: E402
+from tightfit.cluster.metrics import Metrics  # noqa: E402
+from tightfit.cluster.request import Request, SamplingParams  # noqa: E402
+from tightfit.cluster.tokenizer import load_tokenizer  # noqa: E402
+
+
+async def generate(engine, prompt):
+    engine.start()
+    request = Request(
+        request_id="a", prompt_token_ids=tuple(prompt), sampling=SamplingParams(max_tokens=16)
+    )
+    return [event.token_id async for event in engine.submit(request)]
+
+
+def main(path: str, length: int) -> None:
+    from contextlib import ExitStack
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    with ExitStack() as cleanup:
+        cleanup.callback(cluster.shutdown)
+        for _ in range(2):
+            cluster.add_node(num_cpus=1)
+        config = ServeConfig(
+            model=path, format="fp32", stages=2, ray_address=cluster.address, kv_blocks=64,
+            ray_strategy="STRICT_SPREAD",
+        )  # fmt: skip
+        model = describe_model(config.model)
+        session = RaySession(ray_options(config))
+        cleanup.callback(session.close)
+        replica = start_replica(session, config, stage_specs(config, model), print, cleanup)
+        metrics = Metrics(CollectorRegistry(), num_stages=2)
+        engine = make_engine(config, model, replica, load_tokenizer(model.path), metrics)
+        cleanup.callback(engine.stop)
+        tokens = asyncio.run(generate(engine, range(length)))
+        nodes = {status.node_id for status in replica.group.statuses()}
+        links = [ray.get(actor.endpoint.remote()).tcp for actor in replica.group._actors]
+    print(json.dumps({"tokens": tokens, "num_nodes": len(nodes), "links": links}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
