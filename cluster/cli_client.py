@@ -129,7 +129,7 @@ def print_status(answer: dict[str, Any], console: Console) -> None:
     reason = f" ({answer['reason']})" if answer["reason"] else ""
     console.print(
         f"{answer['model']}: {answer['health']}{reason}, epoch {answer['epoch']}",
-        markup=False, highlight=False,
+        markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
     used, blocks = load["kv_blocks_used"], load["kv_blocks"]
     console.print(
@@ -137,7 +137,7 @@ def print_status(answer: dict[str, Any], console: Console) -> None:
         f"{load['queued_tokens']} prompt tokens; {used} of {blocks} KV blocks in use; "
         f"{load['micro_batches_in_flight']} micro-batches in flight; "
         f"{load['preemptions']} preemptions",
-        markup=False, highlight=False,
+        markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
     if answer["stages"]:
         console.print(stage_table(answer["stages"], console.width))

@@ -49,6 +49,14 @@ class ServeConfig:
         Option("How linear layers are stored.", choices=tuple(map(str, SUPPORTED_FORMATS))),
     ] = "int8"
     stages: Annotated[int, Option("Pipeline stages.", at_least=1)] = 1
+    balance: Annotated[
+        str,
+        Option(
+            "What the layers are split by: memory held on each stage, or speed (weights read per "
+            "step).",
+            choices=("memory", "speed"),
+        ),
+    ] = "memory"
     device: Annotated[str, Option("Kind of device of every stage.", choices=("cpu",))] = "cpu"
     listen: Annotated[
         str,

@@ -66,6 +66,7 @@ def stage_specs(config: ServeConfig, model: ModelDescription) -> list[StageSpec]
         kv_blocks=config.kv_blocks,
         block_size=config.block_size,
         max_batch_tokens=config.max_batch_tokens,
+        balance=config.balance,
     )
     return [
         StageSpec(

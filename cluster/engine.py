@@ -304,4 +304,7 @@ class Engine:
         )
         with self._lock:
             counts = self._scheduler.counts()
+            queue_times = self._scheduler.take_queue_times()
         self._metrics.set_counts(counts)
+        for seconds in queue_times:
+            self._metrics.observe_queue_time(seconds)

@@ -78,7 +78,12 @@ def descendants(server: subprocess.Popen[bytes]) -> set[psutil.Process]:
 
 
 def stop(server: subprocess.Popen[bytes], family: set[psutil.Process]) -> bool:
-    """End the server; True when it ended by itself, with 0, and left no process behind."""
+    """End the server; True when it ended by itself, with 0, and left no process behind.
+
+    Not to be interrupted: it takes as long as its time limits at most.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     family |= descendants(server)
     clean = True
     if server.poll() is None:

@@ -1,8 +1,8 @@
 """Runs a command in a network namespace that has nothing but a loopback interface.
 
 `python tools/loopback.py COMMAND …`. Ray listens on the host's own address even when it serves one
-process; in here there is none but 127.0.0.1. Where namespaces are not allowed, the command runs as it
-is, and a line on stderr says so.
+process; in here there is none but 127.0.0.1. Where namespaces are not allowed, the command runs as
+it is, and a line on stderr says so.
 """
 
 from __future__ import annotations

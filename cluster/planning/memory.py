@@ -69,8 +69,9 @@ def plan_stages(
     kv_blocks: int | None = None,
     block_size: int = 16,
     max_batch_tokens: int = 512,
+    balance: str = "memory",
 ) -> list[tuple[int, int]]:
-    """Contiguous layers for each stage so that the fullest stage needs least memory.
+    """Contiguous layers for each stage so that the fullest stage has least to hold, or to read.
 
     Args:
         model: the decoder.
@@ -80,6 +81,8 @@ def plan_stages(
         kv_blocks: KV blocks on every stage; None: one is counted, the stage takes what is left.
         block_size: tokens in a KV block.
         max_batch_tokens: most tokens in a micro-batch.
+        balance: "memory" counts all that a stage holds; "speed" only the weights that a step reads,
+            which decide its time: all but the embedding, of which a step reads some rows.
 
     Returns:
         One (first layer, one past the last) per stage.
@@ -92,13 +95,22 @@ def plan_stages(
     head = weights.head
     if num_stages == 1 and weights.head_shared:
         head = head_bytes(model, fmt, shared=True)
-    return split_layers(
-        [layer + kv_per_layer for layer in weights.layers],
-        weights.embedding,
-        head,
-        num_stages,
-        _budgets(model, fmt, num_stages, budget_bytes, max_batch_tokens),
-    )
+    layers = [layer + kv_per_layer for layer in weights.layers]
+    budgets = _budgets(model, fmt, num_stages, budget_bytes, max_batch_tokens)
+    if balance == "memory":
+        return split_layers(layers, weights.embedding, head, num_stages, budgets)
+    ranges = split_layers(list(weights.layers), 0, weights.head, num_stages)
+    for index, (first, end) in enumerate(ranges):
+        needed = sum(layers[first:end])
+        needed += weights.embedding if index == 0 else 0
+        needed += head if index == num_stages - 1 else 0
+        if budgets is not None and needed > budgets[index]:
+            raise PlacementError(
+                f"balanced by speed, stage {index} (layers {first}-{end - 1}) needs "
+                f"{format_bytes(needed)} for weights and KV, and its budget leaves "
+                f"{format_bytes(budgets[index])}. Balance by memory, or raise memory_budget"
+            )
+    return ranges
 
 
 def _budgets(

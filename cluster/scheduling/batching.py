@@ -18,6 +18,9 @@ from tightfit.cluster.scheduling.kv_blocks import KVBlocks
 from tightfit.cluster.scheduling.sequence import Sequence
 from tightfit.workers.api import SampledToken, SequenceSlice, StepResult
 
+MIN_SHARED_TOKENS = 64
+"""Fewer tokens are not divided among stages: a step costs about as much for 1 token as for 16."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
@@ -101,6 +104,7 @@ class Scheduler:
         self._prompt_tokens = 0
         self._generated_tokens = 0
         self._cached_tokens = 0
+        self._queue_times: list[float] = []
 
     # -- entering and leaving ----------------------------------------------------------------
 
@@ -133,6 +137,7 @@ class Scheduler:
                 arrival=self._arrivals,
                 max_context=config.max_context,
                 eos_token_ids=config.eos_token_ids,
+                added_s=now_s,
             )
             for index in range(request.sampling.n)
         ]
@@ -251,7 +256,7 @@ class Scheduler:
     def next_micro_batch(self, now_s: float) -> tuple[SequenceSlice, ...] | None:
         """Reserve and return the next micro-batch; None when nothing can run now."""
         config = self.config
-        budget = config.max_batch_tokens
+        budget = self._token_budget()
         room = config.max_batch_sequences
         share = -(-len(self._running) // config.num_stages)
         slices: list[SequenceSlice] = []
@@ -271,7 +276,7 @@ class Scheduler:
                 slices.append(self._slice(sequence, min(budget, sequence.num_pending)))
                 budget -= len(slices[-1].token_ids)
         while budget and len(slices) < room:
-            admitted = self._admit_next()
+            admitted = self._admit_next(now_s)
             if admitted is None:
                 break
             slices.append(self._slice(admitted, min(budget, admitted.num_pending)))
@@ -279,6 +284,16 @@ class Scheduler:
         # Someone may have been preempted after being put in.
         slices = [part for part in slices if part.sequence_id in self._running]
         return tuple(slices) or None
+
+    def _token_budget(self) -> int:
+        """Tokens of the next micro-batch: with several stages, each one's share of what there is
+        to compute, so that a lone burst of prompts keeps all of them busy."""
+        config = self.config
+        if config.num_stages == 1:
+            return config.max_batch_tokens
+        known = sum(s.num_pending for s in self._running.values()) + self._queued_tokens
+        share = max(MIN_SHARED_TOKENS, -(-known // config.num_stages))
+        return min(config.max_batch_tokens, share)
 
     def _slice(self, sequence: Sequence, count: int) -> SequenceSlice:
         """The next `count` tokens of a sequence, marked as sent."""
@@ -319,7 +334,7 @@ class Scheduler:
         self._by_id[sequence.sequence_id] = sequence
         self._wait(sequence)
 
-    def _admit_next(self) -> Sequence | None:
+    def _admit_next(self, now_s: float) -> Sequence | None:
         """Start the first waiting sequence if there is room for all its known tokens."""
         while self._waiting and not self._is_waiting(self._waiting[0][1]):
             heapq.heappop(self._waiting)  # ended meanwhile
@@ -344,6 +359,7 @@ class Scheduler:
             sequence.num_cached = min(sequence.num_scheduled, sequence.num_prompt)
             self._cached_tokens += sequence.num_cached
             self._prompt_tokens += sequence.num_prompt
+            self._queue_times.append(now_s - sequence.added_s)
         self._leave_queue(sequence)
         self._running[sequence.sequence_id] = sequence
         return sequence
@@ -426,6 +442,11 @@ class Scheduler:
             num_generated_tokens=self._generated_tokens,
             num_cached_tokens=self._cached_tokens,
         )
+
+    def take_queue_times(self) -> list[float]:
+        """Seconds that sequences admitted since the last call had waited."""
+        times, self._queue_times = self._queue_times, []
+        return times
 
     def check_integrity(self) -> None:
         """Assert every invariant; for tests and for idle times."""

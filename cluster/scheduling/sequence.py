@@ -26,7 +26,7 @@ class Sequence:
     """
 
     __slots__ = (
-        "_base", "_digests", "arrival", "block_table", "end_ids", "index", "max_length",
+        "_base", "_digests", "added_s", "arrival", "block_table", "end_ids", "index", "max_length",
         "num_applied", "num_cached", "num_prompt", "num_registered", "num_scheduled", "request",
         "scores", "sequence_id", "tokens", "was_admitted",
     )  # fmt: skip
@@ -40,10 +40,12 @@ class Sequence:
         arrival: int,
         max_context: int,
         eos_token_ids: frozenset[int],
+        added_s: float,
     ) -> None:
         sampling = request.sampling
         self.request, self.index = request, index
         self.sequence_id, self.arrival = sequence_id, arrival
+        self.added_s = added_s
         self.tokens = [*request.prompt_token_ids, *request.resume_token_ids]
         self.num_prompt = len(request.prompt_token_ids)
         self.max_length = min(self.num_prompt + sampling.max_tokens, max_context)

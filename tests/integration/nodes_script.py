@@ -41,7 +41,8 @@ async def generate(engine, prompt):
 def main(path: str, length: int) -> None:
     from contextlib import ExitStack
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    head = {"num_cpus": 0, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     with ExitStack() as cleanup:
         cleanup.callback(cluster.shutdown)
         for _ in range(2):

@@ -82,7 +82,7 @@ def test_many_streams_at_once_do_not_touch_each_other(model, client):
 
 def test_status_shows_predicted_and_measured_memory_of_every_stage(client):
     status = client.status()
-    assert [(s.first_layer, s.end_layer) for s in status.stages][0][0] == 0
+    assert status.stages[0].first_layer == 0
     assert status.stages[-1].end_layer == tiny_models.LAYERS
     for stage in status.stages:
         assert stage.memory.weight_bytes == stage.memory.predicted_weight_bytes > 0

@@ -65,7 +65,7 @@ def test_loading_holds_one_layer_at_most_in_full_precision(checkpoint, fmt):
 
 
 def test_a_shard_over_its_budget_is_refused_with_the_sizes(checkpoint):
-    with pytest.raises(BudgetError, match="stage 0 .*for weights.*for workspace.*its budget is"):
+    with pytest.raises(BudgetError, match=r"stage 0 .*for weights.*for workspace.*its budget is"):
         Stage(StageSpec(**spec(checkpoint, memory_budget_bytes=100 * 2**20)))
 
 
