@@ -4,6 +4,7 @@ nothing."""
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -136,6 +137,7 @@ def make_engine(
             max_queued_requests=config.max_queued_requests,
             max_queued_tokens=config.max_queued_tokens,
             max_context_tokens=limit,
+            vocab_size=model.config.vocab_size,
             num_stages=config.stages,
             eos_token_ids=eos,
             enable_prefix_cache=config.prefix_cache,
@@ -191,6 +193,8 @@ def serve(config: ServeConfig) -> int:
         if config.metrics_listen is not None:
             host, port = split_address(config.metrics_listen)
             cleanup.callback(MetricsServer(registry, host, port).close)
+        gc.collect()
+        gc.freeze()  # nothing of the start-up is garbage later
         return asyncio.run(_serve(config, engine, tokenizer.result(), metrics))
 
 

@@ -18,19 +18,23 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import processors
 
 from tightfit.cluster.errors import ConfigError
 
 TOKENIZER = "tokenizer.json"
-REPLACEMENT = "�"
+GENERATION = "generation_config.json"
 CONVERT_TIMEOUT_S = 300.0
+CONVERSION_VERSION = 1
+"""Raise it when the conversion changes: what is cached is then made anew."""
+SOURCE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 
 
 class Tokenizer:
     """A checkpoint's tokenizer. Thread-safe; encoding releases the GIL.
 
     Args:
-        fast: the tokenizer.
+        fast: the tokenizer; not to be changed by others afterwards.
         chat_template: the checkpoint's template, or None.
         special_tokens: name → text, for the template ("bos_token", "eos_token", …).
         eos_token_ids: tokens that end a text.
@@ -44,10 +48,15 @@ class Tokenizer:
         special_tokens: dict[str, str] | None = None,
         eos_token_ids: frozenset[int] = frozenset(),
     ) -> None:
+        fast.no_truncation()  # a saved tokenizer may bring settings of its training
+        fast.no_padding()
         self._fast = fast
         self.chat_template = chat_template
         self.special_tokens = special_tokens or {}
         self.eos_token_ids = eos_token_ids
+        added = fast.get_added_tokens_decoder()
+        self._special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._byte_values = _byte_values(fast)
 
     @property
     def vocab_size(self) -> int:
@@ -60,49 +69,27 @@ class Tokenizer:
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of tokens; special tokens are left out."""
+        """Text of tokens; special tokens, and ids that the vocabulary lacks, are left out."""
         text: str = self._fast.decode(list(token_ids), skip_special_tokens=True)
         return text
 
+    def is_silent(self, token_id: int) -> bool:
+        """`decode` leaves this token out."""
+        return token_id in self._special_ids or self._fast.id_to_token(token_id) is None
 
-class IncrementalDecoder:
-    """Text of a growing list of tokens, each character as soon as it is whole.
+    def byte_value(self, token_id: int) -> int | None:
+        """The byte that the token stands for, in vocabularies that spell unknown characters in
+        bytes (SentencePiece's byte fallback); None for all other tokens."""
+        return self._byte_values.get(token_id)
 
-    Decoding starts anew from a window that always holds the last complete text, so that what a
-    token looks like after its predecessors (spaces, bytes of one character) is right, at constant
-    cost per token.
-    """
 
-    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
-        """`context`: tokens whose text is already known, such as resumed ones."""
-        self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._window_start = 0
-        self._read_end = 0
-        self.text = ""
-        for token in context:
-            self.push(token)
-
-    def push(self, token_id: int) -> str:
-        """Add a token; the text that is now certain, which may be empty."""
-        self._tokens.append(token_id)
-        known = self._tokenizer.decode(self._tokens[self._window_start : self._read_end])
-        whole = self._tokenizer.decode(self._tokens[self._window_start :])
-        if len(whole) <= len(known) or whole.endswith(REPLACEMENT):
-            return ""
-        self._window_start, self._read_end = self._read_end, len(self._tokens)
-        return self._add(whole[len(known) :])
-
-    def finish(self) -> str:
-        """What is left at the end: an incomplete character, as replacement characters."""
-        known = self._tokenizer.decode(self._tokens[self._window_start : self._read_end])
-        whole = self._tokenizer.decode(self._tokens[self._window_start :])
-        self._window_start = self._read_end = len(self._tokens)
-        return self._add(whole[len(known) :])
-
-    def _add(self, text: str) -> str:
-        self.text += text
-        return text
+def _byte_values(fast: FastTokenizer) -> dict[int, int]:
+    """Token id → byte, of the tokens `<0x00>` to `<0xFF>`; empty where they are only text."""
+    decoder = fast.decoder
+    if decoder is None or b'"ByteFallback"' not in decoder.__getstate__():
+        return {}
+    ids = ((fast.token_to_id(f"<0x{value:02X}>"), value) for value in range(256))
+    return {token_id: value for token_id, value in ids if token_id is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +100,8 @@ class _Files:
     """Holds tokenizer.json."""
     configs: Path
     """Holds tokenizer_config.json and the like."""
+    generation: Path
+    """generation_config.json, if there is one."""
 
 
 def load_tokenizer(model_path: Path, *, eos_token_ids: frozenset[int] = frozenset()) -> Tokenizer:
@@ -130,17 +119,39 @@ def load_tokenizer(model_path: Path, *, eos_token_ids: frozenset[int] = frozense
     except Exception as error:  # the library raises plain Exception
         raise ConfigError(f"{files.directory / TOKENIZER} cannot be read: {error}") from error
     config = _json(files.configs / "tokenizer_config.json")
-    generation = _json(files.configs / "generation_config.json")
-    special = {
-        key: value["content"] if isinstance(value, dict) else str(value)
-        for key, value in config.items()
-        if key.endswith("_token") and isinstance(value, (str, dict))
-    }
+    generation = _json(files.generation)
+    special = _special_tokens({**_json(files.configs / "special_tokens_map.json"), **config})
+    _set_ends(fast, config, special)
     return Tokenizer(
         fast,
         chat_template=_chat_template(files.configs, config),
         special_tokens=special,
         eos_token_ids=eos_token_ids | _eos_ids(fast, special, generation),
+    )
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """Name → text of every "…_token" that is set."""
+    named = {key: value for key, value in config.items() if key.endswith("_token")}
+    texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in named.items()}
+    return {key: text for key, text in texts.items() if isinstance(text, str)}
+
+
+def _set_ends(fast: FastTokenizer, config: dict[str, Any], special: dict[str, str]) -> None:
+    """Have `encode` add what the configuration says in so many words; else tokenizer.json's own
+    rule stays. As transformers does it."""
+    if "add_bos_token" not in config and "add_eos_token" not in config:
+        return
+    wanted = {"bos_token": config.get("add_bos_token"), "eos_token": config.get("add_eos_token")}
+    ends = {
+        name: (special[name], fast.token_to_id(special[name]))
+        for name, is_wanted in wanted.items()
+        if is_wanted and name in special and fast.token_to_id(special[name]) is not None
+    }
+    before = f"{ends['bos_token'][0]}:0 " if "bos_token" in ends else ""
+    after = f" {ends['eos_token'][0]}:0" if "eos_token" in ends else ""
+    fast.post_processor = processors.TemplateProcessing(
+        single=f"{before}$A:0{after}", special_tokens=sorted(set(ends.values()))
     )
 
 
@@ -174,14 +185,15 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _find(model_path: Path) -> _Files:
+    generation = (model_path if model_path.is_dir() else model_path.parent) / GENERATION
     if model_path.is_dir():
         if (model_path / TOKENIZER).exists():
-            return _Files(directory=model_path, configs=model_path)
+            return _Files(directory=model_path, configs=model_path, generation=generation)
         ggufs = sorted(model_path.glob("*.gguf"))
         if len(ggufs) == 1:
             model_path = ggufs[0]
     converted = _converted(model_path)
-    return _Files(directory=converted, configs=converted)
+    return _Files(directory=converted, configs=converted, generation=generation)
 
 
 def cache_directory() -> Path:
@@ -193,20 +205,25 @@ def cache_directory() -> Path:
     return Path(base) / "tightfit"
 
 
+def _identity(model_path: Path) -> str:
+    """Changes when a file that the tokenizer is made from does."""
+    files = [model_path]
+    if model_path.is_dir():
+        files = sorted(p for p in model_path.iterdir() if p.suffix in SOURCE_SUFFIXES)
+    stats = ((file.resolve(), file.stat()) for file in files)
+    parts = [f"{path}:{stat.st_size}:{stat.st_mtime_ns}" for path, stat in stats]
+    return "\n".join([str(CONVERSION_VERSION), *parts])
+
+
 def _converted(model_path: Path) -> Path:
     """A cached conversion, made now if there is none."""
-    stat = model_path.stat()
-    identity = f"{model_path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-    target = cache_directory() / "tokenizers" / hashlib.sha256(identity.encode()).hexdigest()[:32]
+    key = hashlib.sha256(_identity(model_path).encode()).hexdigest()[:32]
+    target = cache_directory() / "tokenizers" / key
     if (target / TOKENIZER).exists():
         return target
-    command = [
-        sys.executable,
-        "-m",
-        "tightfit.workers.tokenizer_files",
-        str(model_path),
-        str(target),
-    ]
+    module = "tightfit.workers.tokenizer_files"
+    # -P: the working directory may hold modules that shadow installed ones.
+    command = [sys.executable, "-P", "-m", module, str(model_path), str(target)]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=CONVERT_TIMEOUT_S, check=False

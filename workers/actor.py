@@ -7,6 +7,7 @@ its ObjectRef is the stage's sign of life.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
@@ -64,6 +65,9 @@ class StageActor:
         except BaseException as error:
             self._progress = replace(self._progress, phase="failed", message=str(error))
             raise
+        # What was made while loading stays: the collector need not walk it again in every step.
+        gc.collect()
+        gc.freeze()
         self._progress = replace(self._progress, phase="ready")
         return self.status()
 

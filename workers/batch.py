@@ -12,32 +12,68 @@ from torch import Tensor
 from tightfit.workers.api import MicroBatch, SequenceSlice
 from tightfit.workers.decoder_config import DecoderConfig, Position
 from tightfit.workers.errors import StageError
+from tightfit.workers.kv_cache import gather_rows
 from tightfit.workers.positions import alibi_slopes, rotary_frequencies, rotary_rows
 
 PADDING_LIMIT = 2
-"""Decodes share one attention call while the longest context is at most this times the shortest."""
+"""Decodes share one gather while the longest context is at most this times the shortest."""
+
+FUSED_KEYS_LIMIT = 2048
+"""Most keys (KV heads · context) for which torch's fused attention is the faster for one token of
+one sequence, and only with grouped heads: it takes about 45 ns a key, and more when one query
+stands alone; batched products take 30 µs, and a tenth of that a key."""
+
+GATHER_ELEMENTS = 2**20
+"""Keys and values gathered at a time, in elements: what stays in cache until it is multiplied, and
+what bounds the workspace of long contexts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionGroup:
-    """Queries that one attention call answers: many one-token decodes, or one prefill chunk."""
+class FusedGroup:
+    """Queries of one sequence for torch's fused attention: a prefill chunk, or a short decode."""
+
+    rows: slice
+    """Which rows of the micro-batch."""
+    num_queries: int
+    context: int
+    """S, these tokens included."""
+    first_slot: int | None
+    """Set when the sequence's blocks lie in a row in memory: no gather is needed."""
+    blocks: Tensor
+    """[2, KV heads, blocks] int64, as `kv_cache.gather_rows` makes them."""
+    mask: Tensor | None
+    """Additive, [1, 1 or H, queries, S]; None: everything is visible, or `causal` says it."""
+    causal: bool
+    """A whole prompt from position 0: plain causal attention."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodePart:
+    """Pairs of a sequence and a KV head whose keys and values are gathered together."""
+
+    pairs: slice
+    """Which pairs of the group."""
+    blocks: Tensor
+    """[2, P, blocks each] int64, tables padded with block 0."""
+    mask: Tensor
+    """Additive, fp32 [P, 1 or queries per pair, S], S a multiple of the block size."""
+    fused: bool
+    """Compute with torch's fused attention."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeGroup:
+    """One token each of some sequences of similar context, in batched matrix products.
+
+    The heads that share a KV head stand where queries stand, so that nothing is repeated.
+    """
 
     rows: slice | Tensor
     """Which rows of the micro-batch, in order."""
-    num_sequences: int
-    num_queries: int
-    """Tokens per sequence: 1 for decodes."""
-    context: int
-    """S, the longest context here, these tokens included."""
-    blocks: Tensor
-    """[B · blocks each] int64, tables padded with block 0."""
-    first_slot: int | None
-    """Set when one sequence's blocks lie in a row in memory: no gather is needed."""
-    mask: Tensor | None
-    """Additive, broadcastable to [B, heads, queries, S]; None: everything is visible (or
-    causal)."""
-    causal: bool
-    """A whole prompt from position 0: plain causal attention."""
+    parts: tuple[DecodePart, ...]
+
+
+AttentionGroup = FusedGroup | DecodeGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +106,7 @@ class BatchBuilder:
     ) -> None:
         self._config, self._dtype = config, dtype
         self._block_size, self._num_blocks = block_size, num_blocks
+        self._is_grouped = config.num_kv_heads < config.num_heads
         self._slopes = alibi_slopes(config.num_heads) if config.position is Position.ALIBI else None
         self._frequencies = (
             rotary_frequencies(config.rope, config.head_dim) if config.rope else None
@@ -97,7 +134,7 @@ class BatchBuilder:
             if len(part.token_ids) == 1:
                 decodes.append((row, part))
             else:
-                groups.append(self._prefill(row, part))
+                groups.append(self._fused(row, part))
         groups += self._decode_groups(decodes)
         position_row = torch.tensor(positions)
         cos, sin = self._rotary(position_row)
@@ -130,20 +167,27 @@ class BatchBuilder:
             self._frequencies, positions, self._config.rope.attention_factor, self._dtype
         )
 
-    def _prefill(self, row: int, part: SequenceSlice) -> AttentionGroup:
+    def _fused(self, row: int, part: SequenceSlice) -> FusedGroup:
         num, start = len(part.token_ids), part.start_position
         context = start + num
         table = part.block_table[: -(-context // self._block_size)]
-        causal = start == 0 and self._slopes is None
-        return AttentionGroup(
+        plain = self._slopes is None
+        causal = plain and start == 0 and num > 1
+        return FusedGroup(
             rows=slice(row, row + num),
-            num_sequences=1,
             num_queries=num,
             context=context,
-            blocks=torch.tensor(table),
             first_slot=self._first_slot(table),
-            mask=None if causal else self._chunk_mask(start, num),
+            blocks=self._gather_rows([table]),
+            mask=None if causal or (plain and num == 1) else self._chunk_mask(start, num),
             causal=causal,
+        )
+
+    def _gather_rows(self, tables: list[list[int]]) -> Tensor:
+        return gather_rows(
+            torch.tensor(tables),
+            num_kv_heads=self._config.num_kv_heads,
+            num_blocks=self._num_blocks,
         )
 
     def _chunk_mask(self, start: int, num: int) -> Tensor:
@@ -164,6 +208,10 @@ class BatchBuilder:
 
     def _decode_groups(self, decodes: list[tuple[int, SequenceSlice]]) -> list[AttentionGroup]:
         """Decodes of similar context share a call; padding never doubles the work."""
+        if len(decodes) == 1 and self._is_grouped:
+            row, part = decodes[0]
+            if self._config.num_kv_heads * (part.start_position + 1) <= FUSED_KEYS_LIMIT:
+                return [self._fused(row, part)]
         groups: list[AttentionGroup] = []
         by_length = sorted(decodes, key=lambda decode: -decode[1].start_position)
         while by_length:
@@ -173,9 +221,7 @@ class BatchBuilder:
             groups.append(self._decode_group(sorted(members, key=lambda d: d[0]), longest))
         return groups
 
-    def _decode_group(
-        self, members: list[tuple[int, SequenceSlice]], context: int
-    ) -> AttentionGroup:
+    def _decode_group(self, members: list[tuple[int, SequenceSlice]], context: int) -> DecodeGroup:
         num_blocks = -(-context // self._block_size)
         tables = [part.block_table[:num_blocks] for _, part in members]
         first_row, count = members[0][0], len(members)
@@ -184,27 +230,30 @@ class BatchBuilder:
             rows = slice(first_row, first_row + count)
         else:
             rows = torch.tensor([row for row, _ in members])
-        lengths = [part.start_position + 1 for _, part in members]
-        return AttentionGroup(
+        blocks = self._gather_rows([t + [0] * (num_blocks - len(t)) for t in tables])
+        padded = num_blocks * self._block_size
+        mask = self._decode_mask([part.start_position for _, part in members], padded)
+        step = max(1, GATHER_ELEMENTS // (2 * padded * self._config.head_dim))
+        fused = self._is_grouped and blocks.shape[1] * padded <= FUSED_KEYS_LIMIT
+        return DecodeGroup(
             rows=rows,
-            num_sequences=count,
-            num_queries=1,
-            context=context,
-            blocks=torch.tensor([t + [0] * (num_blocks - len(t)) for t in tables]).flatten(),
-            first_slot=self._first_slot(tables[0]) if count == 1 else None,
-            mask=self._decode_mask(lengths, context),
-            causal=False,
+            parts=tuple(
+                DecodePart(
+                    pairs=slice(first, first + step),
+                    blocks=blocks[:, first : first + step].contiguous(),
+                    mask=mask[first : first + step],
+                    fused=fused,
+                )
+                for first in range(0, blocks.shape[1], step)
+            ),
         )
 
-    def _decode_mask(self, lengths: list[int], context: int) -> Tensor | None:
-        """[B, 1 or KV heads, 1 or group, S]; None when every context is the longest and
-        unbiased."""
-        if self._slopes is None and min(lengths) == context:
-            return None
-        distance = torch.arange(context)[None] - (torch.tensor(lengths) - 1)[:, None]  # [B, S]
+    def _decode_mask(self, positions: list[int], padded: int) -> Tensor:
+        """fp32 [pairs, 1 or queries per pair, S]: what lies after a position is hidden."""
+        distance = torch.arange(padded)[None] - torch.tensor(positions)[:, None]  # [B, S]
         bias = torch.zeros(distance.shape).masked_fill_(distance > 0, float("-inf"))
-        if self._slopes is None:
-            return bias[:, None, None].to(self._dtype)
-        biased = bias[:, None] + self._slopes[None, :, None] * distance[:, None]  # [B, H, S]
         kv_heads = self._config.num_kv_heads
-        return biased.view(len(lengths), kv_heads, -1, context).to(self._dtype)
+        if self._slopes is None:
+            return bias.repeat_interleave(kv_heads, dim=0)[:, None]
+        biased = bias[:, None] + self._slopes[None, :, None] * distance[:, None]  # [B, H, S]
+        return biased.view(len(positions) * kv_heads, -1, padded)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tightfit.kernels.dispatch import Linear
-from tightfit.workers.batch import AttentionGroup, BatchInputs
+from tightfit.workers.batch import AttentionGroup, BatchInputs, DecodeGroup, FusedGroup
 from tightfit.workers.decoder_config import Activation, DecoderConfig, Norm
 from tightfit.workers.kv_cache import KVCache
 
@@ -27,19 +27,41 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 class NormLayer:
-    """LayerNorm or RMSNorm over [T, hidden_size]."""
+    """LayerNorm or RMSNorm over [T, hidden_size], its moments in fp32.
 
-    __slots__ = ("_bias", "_eps", "_rms", "_shape", "_weight")
+    torch has no RMSNorm in one piece on the CPU: `F.rms_norm` is eight operators there.
+    """
+
+    __slots__ = ("_bias", "_doubled", "_eps", "_eps_tensor", "_rms", "_shape", "_weight")
 
     def __init__(self, config: DecoderConfig, weight: Tensor | None, bias: Tensor | None) -> None:
         self._rms = config.norm is Norm.RMS
-        self._eps, self._shape = config.norm_eps, (config.hidden_size,)
+        self._eps, self._eps_tensor = config.norm_eps, torch.tensor([[config.norm_eps]])
+        self._shape, self._doubled = (config.hidden_size,), (2 * config.hidden_size,)
         self._weight, self._bias = weight, bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._rms:
-            return F.rms_norm(x, self._shape, self._weight, self._eps)
-        return F.layer_norm(x, self._shape, self._weight, self._bias, self._eps)
+        """x [T, hidden_size] → the same shape and dtype, as a new tensor."""
+        if not self._rms:
+            return F.layer_norm(x, self._shape, self._weight, self._bias, self._eps)
+        y = self._scaled_row(x) if x.shape[0] == 1 else self._scaled(x)
+        return y if self._weight is None else y.mul_(self._weight)
+
+    def _scaled_row(self, x: Tensor) -> Tensor:
+        """x / √(mean(x²) + ε) of one row, where every operator's start counts.
+
+        [x, -x] has mean 0 and variance mean(x²): its LayerNorm, which torch has in one piece, is
+        x's RMSNorm. It halves the time of a decode step's norms.
+        """
+        both = torch.cat((x, x.neg()), 1)
+        return F.layer_norm(both, self._doubled, None, None, self._eps)[:, : self._shape[0]]
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """The same of any number of rows."""
+        wide = x.float()
+        length = torch.linalg.vector_norm(wide, 2, -1, True)
+        mean_square = torch.addcmul(self._eps_tensor, length, length, value=1 / self._shape[0])
+        return torch.mul(wide, mean_square.rsqrt_()).to(x.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -80,12 +102,13 @@ class DecoderLayer:
         index: of this layer within the shard's cache.
     """
 
-    __slots__ = ("_act", "_config", "_index", "_split", "weights")
+    __slots__ = ("_act", "_config", "_index", "_scale", "_split", "weights")
 
     def __init__(self, config: DecoderConfig, weights: LayerWeights, index: int) -> None:
         self._config, self._index, self.weights = config, index, weights
         self._act = ACTIVATIONS[config.activation]
         self._split = config.num_heads * config.head_dim
+        self._scale = config.head_dim**-0.5
 
     def __call__(self, x: Tensor, inputs: BatchInputs, cache: KVCache) -> Tensor:
         """Hidden states [T, hidden_size] in, the same out; `x` is overwritten."""
@@ -125,24 +148,49 @@ class DecoderLayer:
 
     def _attend(self, query: Tensor, group: AttentionGroup, cache: KVCache) -> Tensor:
         """Attention of one group: query [rows, H · D] → [rows, H · D]."""
+        if isinstance(group, FusedGroup):
+            return self._attend_fused(query, group, cache)
+        return self._attend_decodes(query, group, cache)
+
+    def _attend_fused(self, query: Tensor, group: FusedGroup, cache: KVCache) -> Tensor:
+        config, num = self._config, group.num_queries
         if group.first_slot is not None:
             keys, values = cache.window(self._index, group.first_slot, group.context)
         else:
-            keys, values = cache.gather(self._index, group.blocks, group.num_sequences)
-            keys, values = keys[:, :, : group.context], values[:, :, : group.context]
-        heads, kv_heads, size = (
-            self._config.num_heads, self._config.num_kv_heads, self._config.head_dim,
-        )  # fmt: skip
-        if group.num_queries == 1:
+            keys, values = cache.gather(self._index, group.blocks)
+            keys, values = keys[None, :, : group.context], values[None, :, : group.context]
+        repeats = config.num_heads // config.num_kv_heads
+        if num == 1:
             # The heads that share a KV head stand where queries stand: nothing is repeated.
-            q = query.view(group.num_sequences, kv_heads, heads // kv_heads, size)
+            q = query.view(1, config.num_kv_heads, repeats, config.head_dim)
             out = F.scaled_dot_product_attention(q, keys, values, attn_mask=group.mask)
-            return out.reshape(group.num_sequences, heads * size)
-        q = query.view(1, group.num_queries, heads, size).transpose(1, 2)
-        if kv_heads != heads:
-            keys = keys.repeat_interleave(heads // kv_heads, dim=1)
-            values = values.repeat_interleave(heads // kv_heads, dim=1)
+            return out.reshape(1, -1)
+        q = query.view(1, num, config.num_heads, config.head_dim).transpose(1, 2)
+        if repeats > 1:
+            keys = keys.repeat_interleave(repeats, dim=1)
+            values = values.repeat_interleave(repeats, dim=1)
         out = F.scaled_dot_product_attention(
             q, keys, values, attn_mask=group.mask, is_causal=group.causal
         )
-        return out.transpose(1, 2).reshape(group.num_queries, heads * size)
+        return out.transpose(1, 2).reshape(num, -1)
+
+    def _attend_decodes(self, query: Tensor, group: DecodeGroup, cache: KVCache) -> Tensor:
+        """One query token per sequence; the heads that share a KV head stand where queries do."""
+        config = self._config
+        repeats = config.num_heads // config.num_kv_heads
+        pairs = query.reshape(-1, repeats, config.head_dim)  # [B · KV heads, queries, D]
+        outs = []
+        for part in group.parts:
+            keys, values = cache.gather(self._index, part.blocks)
+            q = pairs[part.pairs]
+            if part.fused:
+                out = F.scaled_dot_product_attention(
+                    q[None], keys[None], values[None], attn_mask=part.mask[None]
+                )
+            else:
+                scores = torch.bmm(q, keys.transpose(1, 2))
+                weights = torch.add(part.mask, scores, alpha=self._scale).softmax(-1)
+                out = torch.bmm(weights.to(values.dtype), values)
+            outs.append(out.reshape(-1, repeats * config.head_dim))
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        return out.view(query.shape)

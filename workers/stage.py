@@ -29,7 +29,12 @@ from tightfit.workers.errors import BudgetError, LinkError, StageError
 from tightfit.workers.link import StepMessage
 from tightfit.workers.sampler import sample, score
 from tightfit.workers.shard import ShardModel
-from tightfit.workers.shard_bytes import kv_block_bytes, shard_bytes, workspace_bytes
+from tightfit.workers.shard_bytes import (
+    MAX_LOGIT_ROWS,
+    kv_block_bytes,
+    shard_bytes,
+    workspace_bytes,
+)
 
 log = logging.getLogger(__name__)
 
@@ -262,28 +267,37 @@ def finish_step(
     first_row = 0
     for part in batch.slices:
         if part.score_targets:
-            scored = rows[first_row : first_row + len(part.score_targets)]
             scores.append(
                 SequenceScores(
                     sequence_id=part.sequence_id,
                     start_position=part.start_position,
-                    logprobs=score(model.logits(scored), part.score_targets),
+                    logprobs=_scores(model, rows[first_row:], part.score_targets),
                 )
             )
         first_row += len(part.token_ids)
         if part.sampling is not None:
             sample_rows.append(first_row - 1)
             sampled.append(part)
-    if not sampled:
-        return [], scores
-    wanted = rows if len(sample_rows) == rows.shape[0] else rows[sample_rows]
-    tokens = sample(
-        model.logits(wanted),
-        [part.sampling for part in sampled if part.sampling is not None],
-        [part.start_position + len(part.token_ids) for part in sampled],
-        [part.sequence_id for part in sampled],
-    )
+    tokens: list[SampledToken] = []
+    for first in range(0, len(sampled), MAX_LOGIT_ROWS):
+        some = sampled[first : first + MAX_LOGIT_ROWS]
+        wanted = sample_rows[first : first + MAX_LOGIT_ROWS]
+        tokens += sample(
+            model.logits(rows if len(wanted) == rows.shape[0] else rows[wanted]),
+            [part.sampling for part in some if part.sampling is not None],
+            [part.start_position + len(part.token_ids) for part in some],
+            [part.sequence_id for part in some],
+        )
     return tokens, scores
+
+
+def _scores(model: ShardModel, rows: Tensor, targets: list[int]) -> list[float]:
+    """Log-probability of each target after its row; some rows of logits at a time."""
+    scores: list[float] = []
+    for first in range(0, len(targets), MAX_LOGIT_ROWS):
+        some = targets[first : first + MAX_LOGIT_ROWS]
+        scores += score(model.logits(rows[first : first + len(some)]), some)
+    return scores
 
 
 __all__ = ["DecoderConfig", "Stage", "finish_step", "rss_anon_bytes"]

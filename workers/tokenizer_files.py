@@ -8,14 +8,20 @@ and vocab/merges tokenizers, and those inside GGUF files.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 
 def convert(model: Path, target: Path) -> None:
-    """Write the tokenizer of `model` into the directory `target`, all or nothing."""
+    """Write the tokenizer of `model` into the directory `target`, all or nothing.
+
+    Of several processes that do this at once, one wins and the others use what it wrote.
+
+    Args:
+        model: a checkpoint directory or a GGUF file; no weights are read.
+        target: does not exist, or holds a whole conversion.
+    """
     from transformers import AutoTokenizer
 
     options = {"gguf_file": model.name} if model.is_file() else {}
@@ -29,8 +35,11 @@ def convert(model: Path, target: Path) -> None:
         tokenizer.save_pretrained(str(fresh))
         if not (fresh / "tokenizer.json").exists():
             raise SystemExit(f"{type(tokenizer).__name__} cannot be written as tokenizer.json")
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(fresh, target)
+        try:
+            os.replace(fresh, target)
+        except OSError:
+            if not (target / "tokenizer.json").exists():
+                raise
 
 
 if __name__ == "__main__":

@@ -7,104 +7,68 @@ owner's steps reach every stage after them.
 
 from __future__ import annotations
 
-import heapq
+from bisect import bisect_left, insort
 from collections.abc import Iterable
-from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from operator import attrgetter
 
+from tightfit.cluster.errors import InvalidRequestError
 from tightfit.cluster.request import FinishReason, Request, TokenEvent
-from tightfit.cluster.scheduling.admission import Limits, check_admission
+from tightfit.cluster.scheduling.admission import AdmissionRate, check_request, check_room
+from tightfit.cluster.scheduling.config import SchedulerConfig, SchedulerCounts
 from tightfit.cluster.scheduling.kv_blocks import KVBlocks
+from tightfit.cluster.scheduling.queues import Deadlines, WaitingQueue
 from tightfit.cluster.scheduling.sequence import Sequence
 from tightfit.workers.api import SampledToken, SequenceSlice, StepResult
+
+__all__ = ["Scheduler", "SchedulerConfig", "SchedulerCounts"]
 
 MIN_SHARED_TOKENS = 64
 """Fewer tokens are not divided among stages: a step costs about as much for 1 token as for 16."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerConfig:
-    """Sizes and limits."""
-
-    num_blocks: int
-    """KV blocks on the stage that has fewest."""
-    block_size: int = 16
-    """Tokens in a block."""
-    max_batch_tokens: int = 512
-    """Most tokens in a micro-batch."""
-    max_batch_sequences: int = 64
-    """Most sequences in a micro-batch."""
-    max_running_sequences: int = 256
-    """Most sequences that own blocks."""
-    max_queued_requests: int = 1024
-    """Sequences that may wait for their first step."""
-    max_queued_tokens: int = 1_000_000
-    """Their prompt tokens together."""
-    max_context_tokens: int
-    """The model's limit on prompt and output together."""
-    num_stages: int = 1
-    """Stages to keep busy."""
-    eos_token_ids: frozenset[int] = frozenset()
-    enable_prefix_cache: bool = True
-
-    @property
-    def max_context(self) -> int:
-        """Most tokens of one sequence: the model's limit, or what the whole KV cache holds."""
-        return min(self.max_context_tokens, self.num_blocks * self.block_size)
+by_rank = attrgetter("rank")
+by_turn = attrgetter("last_turn")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerCounts:
-    """A snapshot."""
-
-    num_running: int
-    """Sequences that own blocks."""
-    num_waiting: int
-    """Sequences that do not."""
-    num_queued_tokens: int
-    """Prompt tokens of sequences that never ran."""
-    num_blocks: int
-    num_blocks_used: int
-    """Owned blocks."""
-    num_blocks_cached: int
-    """Nobody's, kept for a prompt that begins alike."""
-    num_preemptions: int
-    """Since the start."""
-    num_prompt_tokens: int
-    """Computed or taken from the cache, since the start."""
-    num_generated_tokens: int
-    """Since the start."""
-    num_cached_tokens: int
-    """Prompt tokens taken from the prefix cache, since the start."""
+def by_priority(sequence: Sequence) -> int:
+    """Sorts the highest first."""
+    return sequence.rank[0]
 
 
 class Scheduler:
     """Owns every sequence's state and the KV blocks.
 
     Order of service is (priority, arrival). Decodes go first, then prefill chunks under the token
-    budget. With several stages a micro-batch takes at most its share of the running sequences, so
-    that there is one for each stage to work on; nobody waits for it, for a stage that has nothing
-    else to do.
+    budget; when not all decodes fit, those that waited longest go.
+
+    With several stages a micro-batch takes at most ceil(running / stages) decodes. Without that
+    limit a burst of requests, prefilled together, would decode in one micro-batch for good, and one
+    stage at a time would work. The limit is never worse: where a stage's time does not depend on
+    the number of tokens (decoding is bound by reading weights), p cohorts of B / p sequences give
+    the same tokens per second as one of B that passes p stages; where it does, or where prefill
+    mixes in, they give up to p times as many. It needs no lower bound, for a stage that is not
+    given its own micro-batch has nothing else to do.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self._blocks = KVBlocks(config.num_blocks)
-        self._by_id: dict[int, Sequence] = {}
         self._requests: dict[str, list[Sequence]] = {}
+        """Sequences that have not ended, by request."""
+        self._waiting = WaitingQueue()
         self._running: dict[int, Sequence] = {}
-        self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []
-        self._deadlines: list[tuple[float, str]] = []
+        """Those that own blocks, by id."""
+        self._in_order: list[Sequence] = []
+        """The same, by rank."""
+        self._deadlines = Deadlines()
+        self._admission_rate = AdmissionRate()
+        self._queue_times: list[float] = []
         self._next_id = 0
         self._arrivals = 0
-        self._num_waiting = 0
-        self._queued_requests = 0
-        self._queued_tokens = 0
+        self._turn = 0
         self._preemptions = 0
         self._prompt_tokens = 0
         self._generated_tokens = 0
         self._cached_tokens = 0
-        self._queue_times: list[float] = []
 
     # -- entering and leaving ----------------------------------------------------------------
 
@@ -112,21 +76,22 @@ class Scheduler:
         """Queue a request; returns events when it ends at once (all its tokens are already there).
 
         Raises:
-            InvalidRequestError: it can never run here.
+            InvalidRequestError: it can never run here, or its id is in use.
+            DeadlineError: its deadline has passed.
             OverloadedError: a queue is full.
         """
         config = self.config
-        check_admission(
+        if request.request_id in self._requests:
+            raise InvalidRequestError(
+                "request_id", f"{request.request_id!r} is in use by a running request"
+            )
+        check_request(request, config, now_s)
+        check_room(
             request,
-            Limits(
-                max_context=config.max_context,
-                max_queued_requests=config.max_queued_requests,
-                max_queued_tokens=config.max_queued_tokens,
-            ),
-            queued_requests=self._queued_requests,
-            queued_tokens=self._queued_tokens,
-            is_known=request.request_id in self._requests,
-            now_s=now_s,
+            config,
+            queued_requests=self._waiting.num_new,
+            queued_tokens=self._waiting.num_new_tokens,
+            retry_after_s=self._admission_rate.retry_after_s(request.sampling.n),
         )
         self._arrivals += 1
         sequences = [
@@ -135,22 +100,19 @@ class Scheduler:
                 index,
                 sequence_id=self._new_id(),
                 arrival=self._arrivals,
+                added_s=now_s,
                 max_context=config.max_context,
                 eos_token_ids=config.eos_token_ids,
-                added_s=now_s,
             )
             for index in range(request.sampling.n)
         ]
         self._requests[request.request_id] = sequences
         if request.deadline_s is not None:
-            heapq.heappush(self._deadlines, (request.deadline_s, request.request_id))
+            self._deadlines.add(request.request_id, request.deadline_s)
         events = []
         for sequence in list(sequences):
-            self._by_id[sequence.sequence_id] = sequence
-            self._queued_requests += 1
-            self._queued_tokens += len(sequence.tokens)
-            self._wait(sequence)
-            reason = sequence.finish_reason() if request.resume_token_ids else None
+            self._waiting.push(sequence)
+            reason = sequence.finish_reason()
             if reason is not None:
                 events.append(self._end(sequence, reason))
         return events
@@ -159,10 +121,6 @@ class Scheduler:
         self._next_id += 1
         return self._next_id
 
-    def _wait(self, sequence: Sequence) -> None:
-        self._num_waiting += 1
-        heapq.heappush(self._waiting, (sequence.rank, sequence))
-
     def has_request(self, request_id: str) -> bool:
         """The request has a sequence that has not ended."""
         return request_id in self._requests
@@ -170,7 +128,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Some sequence has not ended."""
-        return bool(self._by_id)
+        return bool(self._requests)
 
     def cancel(self, request_id: str, reason: FinishReason, error: str = "") -> list[TokenEvent]:
         """End every sequence of a request; its blocks are free at once. Unknown ids do nothing."""
@@ -189,11 +147,11 @@ class Scheduler:
 
     def expire(self, now_s: float) -> list[TokenEvent]:
         """End what has passed its deadline."""
-        events: list[TokenEvent] = []
-        while self._deadlines and self._deadlines[0][0] <= now_s:
-            _, request_id = heapq.heappop(self._deadlines)
-            events += self.cancel(request_id, FinishReason.DEADLINE)
-        return events
+        return [
+            event
+            for request_id in self._deadlines.pop_due(now_s)
+            for event in self.cancel(request_id, FinishReason.DEADLINE)
+        ]
 
     def fail_all(self, error: str) -> list[TokenEvent]:
         """End everything with an error."""
@@ -212,24 +170,21 @@ class Scheduler:
         error: str = "",
     ) -> TokenEvent:
         """Forget a sequence; its last event."""
-        self._leave_queue(sequence)
-        if self._running.pop(sequence.sequence_id, None) is None:
-            self._num_waiting -= 1
-        self._blocks.release(sequence.block_table)
-        sequence.block_table = []
-        del self._by_id[sequence.sequence_id]
-        siblings = self._requests[sequence.request.request_id]
+        if not self._waiting.discard(sequence):
+            self._stop_running(sequence)
+        request_id = sequence.request.request_id
+        siblings = self._requests[request_id]
         siblings.remove(sequence)
         if not siblings:
-            del self._requests[sequence.request.request_id]
+            del self._requests[request_id]
+            self._deadlines.discard(request_id)
         return self._event(sequence, token, reason, error)
 
-    def _leave_queue(self, sequence: Sequence) -> None:
-        """Count a sequence out of the queue limits, once."""
-        if not sequence.was_admitted:
-            sequence.was_admitted = True
-            self._queued_requests -= 1
-            self._queued_tokens -= len(sequence.tokens)
+    def _stop_running(self, sequence: Sequence) -> None:
+        del self._running[sequence.sequence_id]
+        del self._in_order[bisect_left(self._in_order, sequence.rank, key=by_rank)]
+        self._blocks.release(sequence.block_table)
+        sequence.block_table = []
 
     def _event(
         self,
@@ -244,7 +199,9 @@ class Scheduler:
             token_offset=sequence.num_output - (token is not None),
             token_id=token.token_id if token else None,
             logprob=token.logprob if token else None,
-            top_logprobs=tuple((i, p) for i, p in token.top_logprobs) if token else (),
+            top_logprobs=tuple((i, p) for i, p in token.top_logprobs)
+            if token and token.top_logprobs
+            else (),
             finish_reason=reason,
             scores=tuple(sequence.scores) if reason and sequence.request.score_only else (),
             num_cached_tokens=sequence.num_cached,
@@ -255,20 +212,21 @@ class Scheduler:
 
     def next_micro_batch(self, now_s: float) -> tuple[SequenceSlice, ...] | None:
         """Reserve and return the next micro-batch; None when nothing can run now."""
-        config = self.config
-        budget = self._token_budget()
-        room = config.max_batch_sequences
-        share = -(-len(self._running) // config.num_stages)
-        slices: list[SequenceSlice] = []
+        room = self.config.max_batch_sequences
+        self._turn += 1
+        known = self._waiting.num_tokens
+        decodes: list[Sequence] = []
         prefills: list[Sequence] = []
-        for sequence in sorted(self._running.values(), key=lambda s: s.rank):
-            if sequence.sequence_id not in self._running or sequence.num_pending == 0:
-                continue  # preempted for one before it, or waiting for a result
-            if sequence.num_pending > 1:
+        for sequence in self._in_order:
+            num_pending = len(sequence.tokens) - sequence.num_scheduled
+            known += num_pending
+            if num_pending == 1:
+                decodes.append(sequence)
+            elif num_pending:
                 prefills.append(sequence)
-            elif len(slices) < min(room, share) and budget and self._grow(sequence):
-                slices.append(self._slice(sequence, 1))
-                budget -= 1
+        budget = self._token_budget(known)
+        slices = self._decode(decodes, min(room, budget))
+        budget -= len(slices)
         for sequence in prefills:
             if not budget or len(slices) == room:
                 break
@@ -281,25 +239,41 @@ class Scheduler:
                 break
             slices.append(self._slice(admitted, min(budget, admitted.num_pending)))
             budget -= len(slices[-1].token_ids)
-        # Someone may have been preempted after being put in.
-        slices = [part for part in slices if part.sequence_id in self._running]
         return tuple(slices) or None
 
-    def _token_budget(self) -> int:
-        """Tokens of the next micro-batch: with several stages, each one's share of what there is
-        to compute, so that a lone burst of prompts keeps all of them busy."""
+    def _token_budget(self, known: int) -> int:
+        """Tokens of the next micro-batch: with several stages, each one's share of the `known` ones
+        that are still to be computed, so that a lone burst of prompts keeps all of them busy."""
         config = self.config
         if config.num_stages == 1:
             return config.max_batch_tokens
-        known = sum(s.num_pending for s in self._running.values()) + self._queued_tokens
-        share = max(MIN_SHARED_TOKENS, -(-known // config.num_stages))
-        return min(config.max_batch_tokens, share)
+        return min(config.max_batch_tokens, max(MIN_SHARED_TOKENS, -(-known // config.num_stages)))
+
+    def _decode(self, ready: list[Sequence], limit: int) -> list[SequenceSlice]:
+        """One token each of the sequences in `ready`, which come by rank: this stage's share of
+        all that run, at most `limit`. None only if none of them can run."""
+        count = min(limit, -(-len(self._running) // self.config.num_stages))
+        if len(ready) > count:
+            # Stable sorts: by priority, then who waited longest, then by rank.
+            ready = sorted(sorted(ready, key=by_turn), key=by_priority)
+        slices: list[SequenceSlice] = []
+        for sequence in ready:
+            if len(slices) == count:
+                break
+            num_preemptions = self._preemptions
+            # It may have been preempted for one before it, or may now step back itself.
+            if sequence.sequence_id in self._running and self._grow(sequence):
+                slices.append(self._slice(sequence, 1))
+            if self._preemptions != num_preemptions:
+                slices = [part for part in slices if part.sequence_id in self._running]
+        return slices
 
     def _slice(self, sequence: Sequence, count: int) -> SequenceSlice:
         """The next `count` tokens of a sequence, marked as sent."""
         start = sequence.num_scheduled
         end = start + count
         sequence.num_scheduled = end
+        sequence.last_turn = self._turn
         is_last = end == len(sequence.tokens)
         score = sequence.request.score_only
         return SequenceSlice(
@@ -317,30 +291,27 @@ class Scheduler:
         if sequence.num_scheduled < len(sequence.block_table) * self.config.block_size:
             return True
         while self._blocks.num_available == 0:
-            victim = max(self._running.values(), key=lambda s: s.rank)
-            self._preempt(victim)
+            victim = self._in_order[-1]
+            self._preemptions += 1
+            self._step_back(victim)
             if victim is sequence:
                 return False
         sequence.block_table += self._blocks.allocate(1)
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _step_back(self, sequence: Sequence) -> None:
         """Take a sequence's blocks; it will be computed again, with the same tokens."""
-        self._preemptions += 1
-        del self._running[sequence.sequence_id]
-        del self._by_id[sequence.sequence_id]
-        self._blocks.release(sequence.block_table)
+        self._stop_running(sequence)
         sequence.restart(self._new_id())
-        self._by_id[sequence.sequence_id] = sequence
-        self._wait(sequence)
+        self._waiting.push(sequence)
 
     def _admit_next(self, now_s: float) -> Sequence | None:
         """Start the first waiting sequence if there is room for all its known tokens."""
-        while self._waiting and not self._is_waiting(self._waiting[0][1]):
-            heapq.heappop(self._waiting)  # ended meanwhile
-        if not self._waiting or len(self._running) >= self.config.max_running_sequences:
+        sequence = self._waiting.first()
+        if sequence is None or len(self._running) >= self.config.max_running_sequences:
             return None
-        sequence = self._waiting[0][1]
+        if self._is_shared_soon(sequence):
+            return None
         cached = self._cached_beginning(sequence)
         size = self.config.block_size
         needed = -(-len(sequence.tokens) // size) - len(cached)
@@ -349,25 +320,33 @@ class Scheduler:
         # preempted in its turn.
         if available < needed + len(self._running):
             return None
-        heapq.heappop(self._waiting)
-        self._num_waiting -= 1
+        self._waiting.discard(sequence)
         self._blocks.take(cached)
         sequence.block_table = [*cached, *self._blocks.allocate(needed)]
         sequence.num_scheduled = sequence.num_applied = len(cached) * size
         sequence.num_registered = len(cached)
         if not sequence.was_admitted:
+            sequence.was_admitted = True
             sequence.num_cached = min(sequence.num_scheduled, sequence.num_prompt)
             self._cached_tokens += sequence.num_cached
             self._prompt_tokens += sequence.num_prompt
+            self._admission_rate.note(now_s)
             self._queue_times.append(now_s - sequence.added_s)
-        self._leave_queue(sequence)
         self._running[sequence.sequence_id] = sequence
+        insort(self._in_order, sequence, key=by_rank)
         return sequence
 
-    def _is_waiting(self, sequence: Sequence) -> bool:
-        return (
-            self._by_id.get(sequence.sequence_id) is sequence
-            and sequence.sequence_id not in self._running
+    def _is_shared_soon(self, sequence: Sequence) -> bool:
+        """Another of the request's n sequences is computing a long prompt just now: in a moment its
+        blocks can be shared, instead of computed and stored n times."""
+        request, config = sequence.request, self.config
+        num_tokens = sequence.num_prompt * request.sampling.n
+        if num_tokens <= config.max_batch_tokens or request.score_only:
+            return False
+        shared = (sequence.num_prompt - 1) // config.block_size * config.block_size
+        return config.enable_prefix_cache and any(
+            s.sequence_id in self._running and s.num_applied < shared
+            for s in self._requests[request.request_id]
         )
 
     def _cached_beginning(self, sequence: Sequence) -> list[int]:
@@ -382,17 +361,19 @@ class Scheduler:
     def apply(
         self, slices: Iterable[SequenceSlice], result: StepResult, now_s: float
     ) -> list[TokenEvent]:
-        """Take in what came back for a micro-batch. Results for sequences that ended are
-        dropped."""
+        """Take in what came back for a micro-batch, in the order in which they were formed. Results
+        for sequences that ended or stepped back are dropped."""
         tokens = {token.sequence_id: token for token in result.tokens}
         scores = {score.sequence_id: score for score in result.scores}
+        size = self.config.block_size
         events = []
         for part in slices:
             sequence = self._running.get(part.sequence_id)
             if sequence is None:
                 continue
             sequence.num_applied += len(part.token_ids)
-            self._register(sequence)
+            if sequence.num_applied // size != sequence.num_registered:
+                self._register(sequence)
             if part.score_targets:
                 sequence.scores += scores[part.sequence_id].logprobs
             if part.sampling is not None:
@@ -412,17 +393,16 @@ class Scheduler:
     def _register(self, sequence: Sequence) -> None:
         """Offer blocks that are now full on every stage to the prefix cache."""
         full = sequence.num_applied // self.config.block_size
-        if not self.config.enable_prefix_cache or full == sequence.num_registered:
-            return
-        digests = sequence.digests(full, self.config.block_size)
-        for i in range(sequence.num_registered, full):
-            self._blocks.register(sequence.block_table[i], digests[i])
+        if self.config.enable_prefix_cache:
+            digests = sequence.digests(full, self.config.block_size)
+            for i in range(sequence.num_registered, full):
+                self._blocks.register(sequence.block_table[i], digests[i])
         sequence.num_registered = full
 
     def reset_in_flight(self) -> None:
         """The stages' caches are lost: every running sequence is computed again from its tokens."""
-        for sequence in list(self._running.values()):
-            self._preempt(sequence)
+        for sequence in list(self._in_order):
+            self._step_back(sequence)
         self._blocks.forget_contents()
 
     # -- watching ----------------------------------------------------------------------------
@@ -432,8 +412,8 @@ class Scheduler:
         blocks = self._blocks
         return SchedulerCounts(
             num_running=len(self._running),
-            num_waiting=self._num_waiting,
-            num_queued_tokens=self._queued_tokens,
+            num_waiting=len(self._waiting),
+            num_queued_tokens=self._waiting.num_new_tokens,
             num_blocks=blocks.num_blocks,
             num_blocks_used=blocks.num_blocks - blocks.num_available,
             num_blocks_cached=blocks.num_cached,
@@ -450,13 +430,16 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Assert every invariant; for tests and for idle times."""
-        sequences: SequenceOf[Sequence] = list(self._by_id.values())
+        sequences = [s for siblings in self._requests.values() for s in siblings]
+        assert self._in_order == sorted(self._running.values(), key=by_rank)
         self._blocks.check_integrity([s.block_table for s in sequences])
         waiting = [s for s in sequences if s.sequence_id not in self._running]
-        assert len(waiting) == self._num_waiting
+        assert len(sequences) == len(waiting) + len(self._running), "an ended sequence runs"
+        self._waiting.check_integrity(waiting)
         assert all(not s.block_table for s in waiting), "a waiting sequence owns blocks"
-        queued = [s for s in sequences if not s.was_admitted]
-        assert len(queued) == self._queued_requests
-        assert sum(len(s.tokens) for s in queued) == self._queued_tokens
-        for sequence in sequences:
+        size = self.config.block_size
+        for sequence in self._in_order:
             assert sequence.num_applied <= sequence.num_scheduled <= len(sequence.tokens)
+            assert sequence.num_scheduled <= len(sequence.block_table) * size
+        with_deadline = [s for s in self._requests.values() if s[0].request.deadline_s is not None]
+        assert len(self._deadlines) == len(with_deadline)

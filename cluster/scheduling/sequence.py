@@ -10,6 +10,9 @@ from tightfit.workers.api import SamplingSpec
 
 MASK64 = 2**64 - 1
 
+Rank = tuple[int, int, int]
+"""Order of service (-priority, arrival, index): the least runs first and is preempted last."""
+
 
 def sequence_seed(seed: int, index: int) -> int:
     """The 64-bit key of one of a request's sequences (splitmix64, Steele et al. 2014)."""
@@ -26,9 +29,9 @@ class Sequence:
     """
 
     __slots__ = (
-        "_base", "_digests", "added_s", "arrival", "block_table", "end_ids", "index", "max_length",
-        "num_applied", "num_cached", "num_prompt", "num_registered", "num_scheduled", "request",
-        "scores", "sequence_id", "tokens", "was_admitted",
+        "_base", "_digests", "_has_penalty", "added_s", "block_table", "end_ids", "index",
+        "last_turn", "max_length", "num_applied", "num_cached", "num_prompt", "num_registered",
+        "num_scheduled", "rank", "request", "scores", "sequence_id", "tokens", "was_admitted",
     )  # fmt: skip
 
     def __init__(
@@ -44,7 +47,8 @@ class Sequence:
     ) -> None:
         sampling = request.sampling
         self.request, self.index = request, index
-        self.sequence_id, self.arrival = sequence_id, arrival
+        self.sequence_id = sequence_id
+        self.rank: Rank = (-request.priority, arrival, index)
         self.added_s = added_s
         self.tokens = [*request.prompt_token_ids, *request.resume_token_ids]
         self.num_prompt = len(request.prompt_token_ids)
@@ -61,6 +65,14 @@ class Sequence:
         self.block_table: list[int] = []
         self.scores: list[float] = []
         self.was_admitted = False
+        """It ran at some time: it no longer counts as queued."""
+        self.last_turn = 0
+        """Number of the micro-batch that it was last in."""
+        self._has_penalty = (
+            sampling.repetition_penalty != 1.0
+            or sampling.presence_penalty != 0.0
+            or sampling.frequency_penalty != 0.0
+        )
         self._digests: list[bytes] = []
         self._base = SamplingSpec(
             temperature=sampling.temperature,
@@ -75,11 +87,6 @@ class Sequence:
             num_logprobs=sampling.logprobs,
             num_prompt_tokens=self.num_prompt,
         )
-
-    @property
-    def rank(self) -> tuple[int, int, int]:
-        """Order of service: the least runs first and is preempted last."""
-        return (-self.request.priority, self.arrival, self.index)
 
     @property
     def num_output(self) -> int:
@@ -106,14 +113,10 @@ class Sequence:
 
     def sampling_spec(self) -> SamplingSpec:
         """How the next token is drawn."""
-        sampling, spec = self.request.sampling, self._base
-        if self.num_output < sampling.min_tokens:
+        spec = self._base
+        if self.num_output < self.request.sampling.min_tokens:
             spec = replace(spec, banned_token_ids=sorted(self.end_ids))
-        if (
-            sampling.repetition_penalty != 1.0
-            or sampling.presence_penalty != 0.0
-            or sampling.frequency_penalty != 0.0
-        ):
+        if self._has_penalty:
             spec = replace(spec, history_token_ids=list(self.tokens))
         return spec
 

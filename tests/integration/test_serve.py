@@ -55,8 +55,9 @@ def test_tokens_through_three_stages_are_those_of_transformers(model, client, le
     assert chunks[-1].finish_reason == "length"
 
 
-def test_scores_are_those_of_transformers(model, client):
-    text = prompt(50, seed=1)
+@pytest.mark.parametrize("length", [2, 50, 400])
+def test_scores_are_those_of_transformers(model, client, length):
+    text = prompt(length, seed=1)
     scores = client.score(text)
     exact = model.log_probs(text)
     expected = [float(exact[i, token]) for i, token in enumerate(text[1:])]

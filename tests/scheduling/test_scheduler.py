@@ -1,97 +1,12 @@
 import random
-from collections import deque
+from itertools import pairwise
 
 import pytest
-from doubles import ModelStages, expected_output
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from doubles import Simulation, expected_output, request
 
-from tightfit.cluster.errors import DeadlineError, InvalidRequestError, OverloadedError
-from tightfit.cluster.request import FinishReason, Request, SamplingParams
-from tightfit.cluster.scheduling.batching import Scheduler, SchedulerConfig
+from tightfit.cluster.request import FinishReason
 
-VOCAB = 1000
-
-
-class Simulation:
-    """A scheduler with modelled stages behind it and several micro-batches in flight."""
-
-    def __init__(self, *, depth=1, **changes):
-        sizes = {
-            "num_blocks": 64, "block_size": 4, "max_batch_tokens": 32, "max_batch_sequences": 8,
-            "max_running_sequences": 16, "max_context_tokens": 200, "num_stages": depth,
-        }  # fmt: skip
-        self.config = SchedulerConfig(**{**sizes, **changes})
-        self.scheduler = Scheduler(self.config)
-        self.stages = ModelStages(
-            num_blocks=self.config.num_blocks, block_size=self.config.block_size, vocab_size=VOCAB
-        )
-        self.depth = depth
-        self.in_flight = deque()
-        self.now_s = 0.0
-        self.steps = 0
-        self.outputs = {}
-        self.ends = {}
-        self.events = []
-        self.resumed = {}
-
-    def add(self, request):
-        self.resumed[request.request_id] = len(request.resume_token_ids)
-        self.note(self.scheduler.add(request, self.now_s))
-
-    def note(self, events):
-        for event in events:
-            self.events.append(event)
-            key = (event.request_id, event.index)
-            assert key not in self.ends, f"{key} spoke after its end"
-            output = self.outputs.setdefault(key, [])
-            if event.token_id is not None:
-                assert event.token_offset == self.resumed.get(event.request_id, 0) + len(output)
-                output.append(event.token_id)
-            if event.finish_reason is not None:
-                self.ends[key] = event
-
-    def send(self):
-        """Fill the pipeline by one micro-batch, if there is room and work."""
-        if len(self.in_flight) == self.depth:
-            return False
-        slices = self.scheduler.next_micro_batch(self.now_s)
-        if slices is None:
-            return False
-        assert sum(len(s.token_ids) for s in slices) <= self.config.max_batch_tokens
-        assert len(slices) <= self.config.max_batch_sequences
-        assert len({s.sequence_id for s in slices}) == len(slices)
-        self.in_flight.append((slices, self.stages.compute(slices, epoch=1, step=self.steps)))
-        self.steps += 1
-        return True
-
-    def receive(self):
-        if self.in_flight:
-            slices, result = self.in_flight.popleft()
-            self.note(self.scheduler.apply(slices, result, self.now_s))
-
-    def run(self, limit=20_000):
-        for _ in range(limit):
-            while self.send():
-                pass
-            if not self.in_flight:
-                break
-            self.receive()
-        assert not self.scheduler.has_work, "work is left that nothing runs"
-        self.scheduler.check_integrity()
-        assert self.scheduler.counts().num_blocks_used == 0
-
-
-def request(request_id, prompt, *, max_tokens=8, resume=(), **more):
-    sampling = {k: more.pop(k) for k in list(more) if k in SamplingParams.__dataclass_fields__}
-    return Request(
-        request_id=request_id,
-        prompt_token_ids=tuple(prompt),
-        sampling=SamplingParams(max_tokens=max_tokens, **sampling),
-        resume_token_ids=tuple(resume),
-        **more,
-    )
+VOCAB = Simulation.VOCAB
 
 
 def tokens(count, seed):
@@ -182,16 +97,6 @@ def test_cancelling_frees_the_blocks_at_once():
     assert simulation.ends[("a", 0)].finish_reason is FinishReason.CANCELLED
 
 
-def test_a_deadline_ends_the_request():
-    simulation = Simulation()
-    simulation.add(request("a", [1], deadline_s=5.0, max_tokens=100))
-    assert simulation.scheduler.expire(4.9) == []
-    simulation.note(simulation.scheduler.expire(5.0))
-    assert simulation.ends[("a", 0)].finish_reason is FinishReason.DEADLINE
-    with pytest.raises(DeadlineError):
-        simulation.scheduler.add(request("b", [1], deadline_s=5.0), 5.0)
-
-
 def test_end_tokens_stop_a_sequence_but_not_before_min_tokens():
     expected = expected_output([7], 20, VOCAB)
     stop = expected[5]
@@ -215,24 +120,6 @@ def test_end_tokens_are_banned_before_min_tokens():
         banned.append(simulation.in_flight[0][0][0].sampling.banned_token_ids)
         simulation.receive()
     assert banned == [[3, 9], [3, 9], [], []]
-
-
-def test_a_resumed_request_continues_where_it_was():
-    prompt, expected = tokens(9, seed=5), expected_output(tokens(9, seed=5), 20, VOCAB)
-    simulation = Simulation()
-    simulation.add(request("again", prompt, max_tokens=20, resume=expected[:8]))
-    simulation.run()
-    assert simulation.outputs[("again", 0)] == expected[8:]
-
-
-def test_a_request_resumed_at_its_end_ends_at_once():
-    simulation = Simulation(eos_token_ids=frozenset({5}))
-    simulation.add(request("full", [1], max_tokens=3, resume=[8, 8, 8]))
-    simulation.add(request("eos", [1], max_tokens=9, resume=[8, 5]))
-    assert simulation.ends[("full", 0)].finish_reason is FinishReason.LENGTH
-    assert simulation.ends[("eos", 0)].finish_reason is FinishReason.STOP
-    assert simulation.ends[("eos", 0)].token_offset == 2
-    simulation.run()
 
 
 def test_scores_cover_every_token_but_the_first():
@@ -262,24 +149,6 @@ def test_a_higher_priority_runs_first():
     assert [name for name, _ in simulation.ends] == ["high", "mid", "mid2", "low"]
 
 
-def test_what_can_never_run_and_what_cannot_wait_is_refused():
-    simulation = Simulation(max_queued_requests=2, max_queued_tokens=30)
-    scheduler = simulation.scheduler
-    with pytest.raises(InvalidRequestError, match="prompt: is empty"):
-        scheduler.add(request("a", []), 0.0)
-    with pytest.raises(InvalidRequestError, match=r"has 200 tokens.*199"):
-        scheduler.add(request("a", [1] * 200), 0.0)
-    simulation.add(request("a", [1] * 20))
-    with pytest.raises(InvalidRequestError, match="in use"):
-        scheduler.add(request("a", [1]), 0.0)
-    with pytest.raises(OverloadedError, match="prompt tokens"):
-        scheduler.add(request("b", [1] * 11), 0.0)
-    simulation.add(request("b", [1]))
-    with pytest.raises(OverloadedError, match="the limit is 2"):
-        scheduler.add(request("c", [1]), 0.0)
-    simulation.run()
-
-
 def test_a_lost_cache_is_computed_again_with_the_same_tokens():
     simulation = Simulation(depth=2)
     for i in range(6):
@@ -287,95 +156,187 @@ def test_a_lost_cache_is_computed_again_with_the_same_tokens():
     for _ in range(15):
         simulation.send()
         simulation.receive()
-    simulation.in_flight.clear()
-    simulation.stages = ModelStages(num_blocks=64, block_size=4, vocab_size=VOCAB)
-    simulation.scheduler.reset_in_flight()
+    preemptions = simulation.scheduler.counts().num_preemptions
+    simulation.lose_the_stages()
+    counts = simulation.scheduler.counts()
+    assert (counts.num_running, counts.num_waiting, counts.num_blocks_cached) == (0, 6, 0)
+    assert counts.num_preemptions == preemptions  # those are for want of blocks
     simulation.run()
     for i in range(6):
         assert simulation.outputs[(f"r{i}", 0)] == expected_output(tokens(20, seed=i), 30, VOCAB)
 
 
-class SchedulerMachine(RuleBasedStateMachine):
-    """Any order of arrivals, steps, cancellations, deadlines and losses keeps every invariant."""
+@pytest.mark.parametrize("depth", [1, 2])
+def test_when_not_all_decodes_fit_they_take_turns(depth):
+    """More decodes than a micro-batch takes, or a pipeline that is kept less full than it has
+    stages: nobody waits for another's end."""
+    simulation = Simulation(depth=depth, num_stages=4, num_blocks=256, max_running_sequences=24)
+    for i in range(24):
+        simulation.add(request(f"r{i}", [i], max_tokens=30))
+    simulation.run()
+    for steps in simulation.token_steps.values():
+        gaps = [after - before for before, after in pairwise(steps)]
+        assert max(gaps) <= 12
 
-    def __init__(self):
-        super().__init__()
-        self.simulation = Simulation(
-            depth=3, num_blocks=14, block_size=4, max_batch_tokens=12, max_batch_sequences=4,
-            max_running_sequences=6, max_context_tokens=50,
-        )  # fmt: skip
-        self.requests = {}
 
-    @rule(
-        prompt=st.lists(st.integers(0, 3), min_size=1, max_size=30),
-        max_tokens=st.integers(1, 25),
-        n=st.integers(1, 2),
-        priority=st.integers(-1, 1),
-        deadline=st.none() | st.integers(1, 30),
-        resumed=st.integers(0, 3),
+def test_the_sequences_of_one_request_share_a_long_prompt():
+    simulation = Simulation(depth=2, max_batch_tokens=16)
+    prompt = tokens(80, seed=12)
+    simulation.add(request("a", prompt, n=3, max_tokens=5))
+    while not simulation.token_steps:
+        simulation.step()
+    simulation.step()
+    assert simulation.scheduler.counts().num_blocks_used < 2 * 80 // 4
+    simulation.run()
+    assert simulation.stages.num_tokens < 80 + 3 * (4 + 5)
+    for index in range(3):
+        assert simulation.outputs[("a", index)] == expected_output(prompt, 5, VOCAB)
+    assert [simulation.ends[("a", i)].num_cached_tokens for i in range(3)] == [0, 76, 76]
+
+
+def test_a_sibling_takes_over_when_the_first_is_cancelled_in_its_prompt():
+    simulation = Simulation(depth=1, max_batch_tokens=16)
+    prompt = tokens(80, seed=12)
+    simulation.add(request("a", prompt, n=3, max_tokens=5))
+    simulation.step()
+    simulation.note(simulation.scheduler.finish("a", 0, FinishReason.CANCELLED))
+    simulation.run()
+    assert simulation.outputs[("a", 2)] == expected_output(prompt, 5, VOCAB)
+
+
+def test_one_of_several_sequences_is_ended_alone():
+    simulation = Simulation()
+    simulation.add(request("a", [1, 2], n=2, max_tokens=20))
+    simulation.step()
+    simulation.note(simulation.scheduler.finish("a", 1, FinishReason.STOP_SEQUENCE))
+    assert simulation.scheduler.finish("a", 1, FinishReason.STOP_SEQUENCE) == []
+    simulation.run()
+    assert simulation.ends[("a", 1)].finish_reason is FinishReason.STOP_SEQUENCE
+    assert simulation.outputs[("a", 1)] == simulation.outputs[("a", 0)][:1]
+    assert len(simulation.outputs[("a", 0)]) == 20
+
+
+def test_the_lowest_priority_and_latest_arrival_steps_back_first():
+    simulation = Simulation(num_blocks=12, max_context_tokens=48)
+    for name, priority in (("low", -1), ("early", 0), ("late", 0), ("high", 1)):
+        simulation.add(request(name, tokens(7, seed=1), max_tokens=30, priority=priority))
+    simulation.run()
+    assert simulation.scheduler.counts().num_preemptions >= 2
+    assert [name for name, _ in simulation.ends] == ["high", "early", "late", "low"]
+
+
+def test_the_history_travels_only_with_a_penalty():
+    simulation = Simulation()
+    simulation.add(request("plain", [1, 2, 3]))
+    simulation.add(request("penalty", [4, 5, 6], presence_penalty=0.5))
+    simulation.step()
+    simulation.send()
+    plain, penalty = (part.sampling for part in simulation.in_flight[0][0])
+    assert (plain.history_token_ids, plain.num_prompt_tokens) == ([], 3)
+    assert penalty.history_token_ids == [4, 5, 6, *simulation.outputs[("penalty", 0)]]
+    assert penalty.num_prompt_tokens == 3
+
+
+def test_a_preempted_or_resumed_sequence_draws_with_the_same_seed_at_the_same_position():
+    def keys(simulation):
+        drawn = {}
+        while simulation.send():
+            for part in simulation.in_flight[0][0]:
+                if part.sampling is not None:
+                    position = part.start_position + len(part.token_ids)
+                    drawn[(part.sampling.seed, position)] = True
+            simulation.receive()
+        return sorted(drawn)
+
+    prompt = tokens(10, seed=3)
+    plain = Simulation()
+    plain.add(request("a", prompt, max_tokens=20, seed=5))
+    resumed = Simulation()
+    resumed.add(
+        request("b", prompt, max_tokens=20, seed=5, resume=expected_output(prompt, 7, VOCAB))
     )
-    def arrive(self, prompt, max_tokens, n, priority, deadline, resumed):
-        name = f"r{len(self.requests)}"
-        resumed = min(resumed, max_tokens) if n == 1 else 0
-        resume = expected_output(prompt, resumed, VOCAB)
-        deadline_s = None if deadline is None else self.simulation.now_s + deadline
-        new = request(
-            name, prompt, max_tokens=max_tokens, n=n, priority=priority, deadline_s=deadline_s,
-            resume=resume,
-        )  # fmt: skip
-        self.requests[name] = new
-        self.simulation.add(new)
-
-    @rule()
-    def send(self):
-        self.simulation.send()
-
-    @rule()
-    def receive(self):
-        self.simulation.receive()
-
-    @rule(which=st.integers(0, 30))
-    def cancel(self, which):
-        self.simulation.note(self.simulation.scheduler.cancel(f"r{which}", FinishReason.CANCELLED))
-
-    @rule(which=st.integers(0, 30), index=st.integers(0, 1))
-    def finish(self, which, index):
-        events = self.simulation.scheduler.finish(f"r{which}", index, FinishReason.STOP_SEQUENCE)
-        self.simulation.note(events)
-
-    @rule(seconds=st.integers(1, 10))
-    def time_passes(self, seconds):
-        self.simulation.now_s += seconds
-        self.simulation.note(self.simulation.scheduler.expire(self.simulation.now_s))
-
-    @rule()
-    def lose_the_stages(self):
-        self.simulation.in_flight.clear()
-        self.simulation.stages = ModelStages(num_blocks=14, block_size=4, vocab_size=VOCAB)
-        self.simulation.scheduler.reset_in_flight()
-
-    @invariant()
-    def nothing_is_lost_or_shared_wrongly(self):
-        self.simulation.scheduler.check_integrity()
-
-    def teardown(self):
-        self.simulation.run()
-        for name, new in self.requests.items():
-            resumed = len(new.resume_token_ids)
-            for index in range(new.sampling.n):
-                end = self.simulation.ends[(name, index)]
-                output = self.simulation.outputs[(name, index)]
-                length = min(new.sampling.max_tokens, 50 - len(new.prompt_token_ids)) - resumed
-                whole = expected_output(new.prompt_token_ids, resumed + max(length, 0), VOCAB)
-                assert output == whole[resumed:][: len(output)]
-                if end.finish_reason is FinishReason.LENGTH:
-                    assert len(output) == max(length, 0)
+    whole = keys(plain)
+    assert keys(resumed) == whole[7:]
+    crowded = Simulation(num_blocks=9, max_context_tokens=36)
+    crowded.add(request("c", tokens(9, seed=4), max_tokens=25, priority=1))
+    crowded.add(request("a", prompt, max_tokens=20, seed=5))
+    assert set(keys(crowded)) >= set(whole)
+    assert crowded.scheduler.counts().num_preemptions > 0
 
 
-SchedulerMachine.TestCase.settings = settings(
-    max_examples=150,
-    stateful_step_count=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-TestAnyOrderOfEvents = SchedulerMachine.TestCase
+def test_a_failure_ends_every_request_with_its_reason():
+    simulation = Simulation(max_running_sequences=1)
+    simulation.add(request("a", [1], max_tokens=9))
+    simulation.add(request("b", [2], max_tokens=9, n=2))
+    simulation.step()
+    simulation.note(simulation.scheduler.fail_all("stage 1 is gone"))
+    assert not simulation.scheduler.has_work
+    assert {key: (end.finish_reason, end.error) for key, end in simulation.ends.items()} == {
+        key: (FinishReason.ERROR, "stage 1 is gone") for key in (("a", 0), ("b", 0), ("b", 1))
+    }
+    simulation.run()
+
+
+def test_a_turn_that_ends_in_stepping_back_passes_to_another():
+    """The one whose turn it is finds no block and is the last in rank: the other runs on."""
+    simulation = Simulation(
+        depth=1, num_stages=2, num_blocks=3, block_size=2, max_running_sequences=2,
+        enable_prefix_cache=False,
+    )  # fmt: skip
+    simulation.add(request("a", [0], n=2, max_tokens=4))
+    simulation.run()
+    for index in range(2):
+        assert simulation.outputs[("a", index)] == expected_output([0], 4, VOCAB)
+
+
+def cached_after(simulation, name, prompt):
+    """Prompt tokens that a new request takes from the cache."""
+    simulation.add(request(name, prompt, max_tokens=1))
+    simulation.run()
+    return simulation.ends[(name, 0)].num_cached_tokens
+
+
+def test_the_prompt_that_was_used_longest_ago_is_forgotten_first():
+    simulation = Simulation(num_blocks=20, block_size=4, max_context_tokens=80)
+    first, second, third = (tokens(33, seed=i) for i in (1, 2, 3))
+    cached_after(simulation, "first", first)
+    cached_after(simulation, "second", second)
+    assert cached_after(simulation, "first again", first) == 32
+    cached_after(simulation, "third", third)
+    assert cached_after(simulation, "first once more", first) == 32
+    assert cached_after(simulation, "second again", second) < 32
+
+
+def test_the_end_of_a_prompt_is_forgotten_before_its_beginning():
+    simulation = Simulation(num_blocks=12, block_size=4, max_context_tokens=48)
+    prompt = tokens(33, seed=1)
+    cached_after(simulation, "first", prompt)
+    cached_after(simulation, "other", tokens(20, seed=2))
+    assert 16 <= cached_after(simulation, "again", prompt) < 32
+
+
+def test_a_higher_priority_speaks_in_every_step_when_not_all_fit():
+    simulation = Simulation(depth=1, num_stages=4, num_blocks=256)
+    for i in range(8):
+        simulation.add(request(f"r{i}", [i], max_tokens=20))
+    simulation.add(request("high", [9], max_tokens=20, priority=1))
+    simulation.run()
+    steps = simulation.token_steps[("high", 0)]
+    assert {after - before for before, after in pairwise(steps)} == {1}
+
+
+def test_the_stages_of_a_pipeline_share_a_lone_prompt():
+    simulation = Simulation(depth=2, num_blocks=256, max_batch_tokens=512, max_context_tokens=500)
+    simulation.add(request("a", tokens(300, seed=1)))
+    while simulation.send():
+        pass
+    assert [len(slices[0].token_ids) for slices, _ in simulation.in_flight] == [150, 75]
+
+
+def test_what_is_let_in_is_seldom_preempted_before_it_has_spoken():
+    """Each running sequence may want a block soon: newcomers leave those alone."""
+    simulation = Simulation(num_blocks=40, block_size=4, max_context_tokens=160)
+    for i in range(60):
+        simulation.add(request(f"r{i}", tokens(17, seed=i), max_tokens=30))
+    simulation.run()
+    assert simulation.scheduler.counts().num_preemptions < 50  # 65 without

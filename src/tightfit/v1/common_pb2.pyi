@@ -93,7 +93,7 @@ class ChatMessage(_message.Message):
     CONTENT_FIELD_NUMBER: _builtins.int
     role: _builtins.str
     """Who speaks: "system", "user" or "assistant", or another role that the checkpoint's template knows.
-    1 to 32 characters.
+    1 to 32 ASCII letters, digits, "_" and "-".
     """
     content: _builtins.str
     """What is said, UTF-8."""

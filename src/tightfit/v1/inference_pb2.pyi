@@ -97,7 +97,9 @@ class Sampling(_message.Message):
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The output ends with the first of these tokens. At most 64 ids in [0, vocab_size)."""
+        """The output ends with the first of these tokens, whose text is left out. At most 64 ids in
+        [0, vocab_size).
+        """
 
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
@@ -189,7 +191,7 @@ class GenerateRequest(_message.Message):
     @_builtins.property
     def resume_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Output tokens that the client already has from an interrupted call, in order, n must be 1. Generation
-        continues after them: they are not sent again, and count towards max_tokens.
+        continues after them: neither they nor their text are sent again, and they count towards max_tokens.
         """
 
     def __init__(
@@ -228,7 +230,7 @@ class Output(_message.Message):
     index: _builtins.int
     """Which of the n sequences, from 0."""
     text: _builtins.str
-    """Generated text, UTF-8; ends before a stop string."""
+    """Generated text, UTF-8, without special tokens; ends before a stop string or the token that ended it."""
     finish_reason: _common_pb2.FinishReason.ValueType
     """Why it ended."""
     @_builtins.property
@@ -440,7 +442,7 @@ class TokenizeRequest(_message.Message):
     model: _builtins.str
     """As in GenerateRequest."""
     prompt: _builtins.str
-    """Text, UTF-8."""
+    """Text, UTF-8, not empty."""
     @_builtins.property
     def chat(self) -> _common_pb2.Chat:
         """A conversation."""

@@ -26,7 +26,17 @@ if _version_not_supported:
 
 
 class InferenceServiceStub:
-    """Text generation and scoring. Deadlines are gRPC's own: set one on the call.
+    """Text generation and scoring. A request message has at most 4 MiB.
+
+    Deadlines are gRPC's own: set one on the call. A call whose client leaves or whose deadline passes
+    stops at once. What every method can end with:
+    INVALID_ARGUMENT    the message names the field, its value and what is allowed
+    NOT_FOUND           another model is served here
+    RESOURCE_EXHAUSTED  a queue is full; google.rpc.RetryInfo, and the trailer retry-after-ms in
+    milliseconds, say when to try again. Or the message is too large
+    DEADLINE_EXCEEDED, CANCELLED
+    UNAVAILABLE         the service cannot compute now, or it is shutting down
+    INTERNAL            an error of the service; the message has the number that its log has
     """
 
     def __init__(self, channel):
@@ -68,7 +78,17 @@ class InferenceServiceStub:
 
 
 class InferenceServiceServicer:
-    """Text generation and scoring. Deadlines are gRPC's own: set one on the call.
+    """Text generation and scoring. A request message has at most 4 MiB.
+
+    Deadlines are gRPC's own: set one on the call. A call whose client leaves or whose deadline passes
+    stops at once. What every method can end with:
+    INVALID_ARGUMENT    the message names the field, its value and what is allowed
+    NOT_FOUND           another model is served here
+    RESOURCE_EXHAUSTED  a queue is full; google.rpc.RetryInfo, and the trailer retry-after-ms in
+    milliseconds, say when to try again. Or the message is too large
+    DEADLINE_EXCEEDED, CANCELLED
+    UNAVAILABLE         the service cannot compute now, or it is shutting down
+    INTERNAL            an error of the service; the message has the number that its log has
     """
 
     def Generate(self, request, context):
@@ -156,7 +176,17 @@ def add_InferenceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class InferenceService:
-    """Text generation and scoring. Deadlines are gRPC's own: set one on the call.
+    """Text generation and scoring. A request message has at most 4 MiB.
+
+    Deadlines are gRPC's own: set one on the call. A call whose client leaves or whose deadline passes
+    stops at once. What every method can end with:
+    INVALID_ARGUMENT    the message names the field, its value and what is allowed
+    NOT_FOUND           another model is served here
+    RESOURCE_EXHAUSTED  a queue is full; google.rpc.RetryInfo, and the trailer retry-after-ms in
+    milliseconds, say when to try again. Or the message is too large
+    DEADLINE_EXCEEDED, CANCELLED
+    UNAVAILABLE         the service cannot compute now, or it is shutting down
+    INTERNAL            an error of the service; the message has the number that its log has
     """
 
     @staticmethod

@@ -27,7 +27,18 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class InferenceServiceStub:
-    """Text generation and scoring. Deadlines are gRPC's own: set one on the call."""
+    """Text generation and scoring. A request message has at most 4 MiB.
+
+    Deadlines are gRPC's own: set one on the call. A call whose client leaves or whose deadline passes
+    stops at once. What every method can end with:
+      INVALID_ARGUMENT    the message names the field, its value and what is allowed
+      NOT_FOUND           another model is served here
+      RESOURCE_EXHAUSTED  a queue is full; google.rpc.RetryInfo, and the trailer retry-after-ms in
+                          milliseconds, say when to try again. Or the message is too large
+      DEADLINE_EXCEEDED, CANCELLED
+      UNAVAILABLE         the service cannot compute now, or it is shutting down
+      INTERNAL            an error of the service; the message has the number that its log has
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -50,7 +61,18 @@ class InferenceServiceStub:
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
-    """Text generation and scoring. Deadlines are gRPC's own: set one on the call."""
+    """Text generation and scoring. A request message has at most 4 MiB.
+
+    Deadlines are gRPC's own: set one on the call. A call whose client leaves or whose deadline passes
+    stops at once. What every method can end with:
+      INVALID_ARGUMENT    the message names the field, its value and what is allowed
+      NOT_FOUND           another model is served here
+      RESOURCE_EXHAUSTED  a queue is full; google.rpc.RetryInfo, and the trailer retry-after-ms in
+                          milliseconds, say when to try again. Or the message is too large
+      DEADLINE_EXCEEDED, CANCELLED
+      UNAVAILABLE         the service cannot compute now, or it is shutting down
+      INTERNAL            an error of the service; the message has the number that its log has
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryUnaryMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
@@ -69,7 +91,18 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """What is served here."""
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Text generation and scoring. Deadlines are gRPC's own: set one on the call."""
+    """Text generation and scoring. A request message has at most 4 MiB.
+
+    Deadlines are gRPC's own: set one on the call. A call whose client leaves or whose deadline passes
+    stops at once. What every method can end with:
+      INVALID_ARGUMENT    the message names the field, its value and what is allowed
+      NOT_FOUND           another model is served here
+      RESOURCE_EXHAUSTED  a queue is full; google.rpc.RetryInfo, and the trailer retry-after-ms in
+                          milliseconds, say when to try again. Or the message is too large
+      DEADLINE_EXCEEDED, CANCELLED
+      UNAVAILABLE         the service cannot compute now, or it is shutting down
+      INTERNAL            an error of the service; the message has the number that its log has
+    """
 
     @_abc_1.abstractmethod
     def Generate(
