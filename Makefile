@@ -62,7 +62,7 @@ proto: $(READY) ## Generate src/tightfit/v1 from protos/
 proto-check: $(READY) ## Fail when src/tightfit/v1 is not what protos/ generates
 	$(BIN)/python tools/protos.py --check
 
-bench: $(READY) ## Measure this machine: beside transformers, overhead, time to first token
+bench: $(READY) ## Measure this machine: tokens per second beside transformers
 	$(BIN)/python bench/run.py
 
 dist: $(READY) ## Build the wheel and the source archive into dist/
