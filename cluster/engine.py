@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
-from tightfit.cluster.errors import UnavailableError
+from tightfit.cluster.errors import InvalidRequestError, UnavailableError
 from tightfit.cluster.metrics import Metrics
 from tightfit.cluster.pipeline import Completed, Pipeline
 from tightfit.cluster.request import FinishReason, Request, TokenEvent
@@ -66,6 +66,7 @@ class RequestStream:
         self._request = request
         self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
         self._unfinished = request.sampling.n
+        self._num_open = request.sampling.n
 
     @property
     def request_id(self) -> str:
@@ -75,6 +76,13 @@ class RequestStream:
     def push(self, event: TokenEvent) -> None:
         """Add an event; in the event loop only."""
         self._events.put_nowait(event)
+        if event.finish_reason is not None:
+            self._num_open -= 1
+
+    @property
+    def has_every_end(self) -> bool:
+        """The last event of each sequence was pushed, though maybe not read."""
+        return self._num_open == 0
 
     @property
     def has_waiting(self) -> bool:
@@ -99,6 +107,9 @@ class RequestStream:
     def finish(self, index: int, reason: FinishReason) -> None:
         """End one of the request's sequences, as when a stop string was found."""
         self._engine.finish(self._request.request_id, index, reason)
+
+
+News = tuple[RequestStream, TokenEvent]
 
 
 class Engine:
@@ -152,47 +163,52 @@ class Engine:
             InvalidRequestError: it can never run here.
             UnavailableError: the pipeline has failed, or the service is draining.
         """
-        if self._failure:
-            raise UnavailableError(self._failure)
         if self._draining:
             raise UnavailableError("the service is shutting down and takes no new requests")
+        request_id = request.request_id
+        if request_id in self._streams:
+            raise InvalidRequestError(
+                "request_id", f"{request_id!r} is in use by a running request"
+            )
         stream = RequestStream(self, request)
         with self._lock:
+            # Here, not before: nobody would end what is added after `fail` has ended all there was.
+            if self._failure:
+                raise UnavailableError(self._failure)
             events = self._scheduler.add(request, time.monotonic())
-            self._streams[request.request_id] = stream
-        self._dispatch(events)
+            self._streams[request_id] = stream
+            news = self._addressed(events)
+        self._dispatch(news)
         self._pipeline.wake()
         return stream
 
-    def _dispatch(self, events: Sequence[TokenEvent]) -> None:
-        """Give events to the streams that wait for them; in the event loop."""
-        for event in events:
-            stream = self._streams.get(event.request_id)
-            if stream is None:
-                continue
-            stream.push(event)
-            if event.finish_reason is not None:
-                self._forget_when_done(event.request_id)
+    def _addressed(self, events: Sequence[TokenEvent]) -> list[News]:
+        """Events with the streams that wait for them. Call it under the lock under which the
+        scheduler made them: later, the request's id may be another's."""
+        pairs = ((self._streams.get(event.request_id), event) for event in events)
+        return [(stream, event) for stream, event in pairs if stream is not None]
 
-    def _forget_when_done(self, request_id: str) -> None:
-        with self._lock:
-            if not self._scheduler.has_request(request_id):
-                self._streams.pop(request_id, None)
+    def _dispatch(self, news: Sequence[News]) -> None:
+        """Give events to their streams; in the event loop."""
+        for stream, event in news:
+            stream.push(event)
+            if stream.has_every_end and self._streams.get(event.request_id) is stream:
+                del self._streams[event.request_id]
 
     # -- from any thread ---------------------------------------------------------------------
 
     def cancel(self, request_id: str, reason: FinishReason) -> None:
         """End a request; does nothing when it has ended."""
         with self._lock:
-            events = self._scheduler.cancel(request_id, reason)
-        self._deliver(events)
+            news = self._addressed(self._scheduler.cancel(request_id, reason))
+        self._deliver(news)
         self._pipeline.wake()  # what waited for the freed blocks can run now
 
     def finish(self, request_id: str, index: int, reason: FinishReason) -> None:
         """End one sequence of a request; does nothing when it has ended."""
         with self._lock:
-            events = self._scheduler.finish(request_id, index, reason)
-        self._deliver(events)
+            news = self._addressed(self._scheduler.finish(request_id, index, reason))
+        self._deliver(news)
 
     def drain(self) -> None:
         """Take no new requests; running ones go on."""
@@ -215,8 +231,8 @@ class Engine:
         log.error("the pipeline has failed: %s", reason)
         self._failure = reason
         with self._lock:
-            events = self._scheduler.fail_all(reason)
-        self._deliver(events)
+            news = self._addressed(self._scheduler.fail_all(reason))
+        self._deliver(news)
 
     @property
     def failure(self) -> str:
@@ -252,16 +268,16 @@ class Engine:
         """End the loop and every request; returns when the thread has ended."""
         self._stopping.set()
         with self._lock:
-            events = self._scheduler.fail_all("the service has stopped")
-        self._deliver(events)
+            news = self._addressed(self._scheduler.fail_all("the service has stopped"))
+        self._deliver(news)
         if self._thread.ident is not None:
             self._pipeline.wake()
             self._thread.join(timeout=5)
         self._pipeline.close()
 
-    def _deliver(self, events: Sequence[TokenEvent]) -> None:
-        if events and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._dispatch, events)
+    def _deliver(self, news: Sequence[News]) -> None:
+        if news and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._dispatch, news)
 
     # -- the engine's thread -----------------------------------------------------------------
 
@@ -285,10 +301,11 @@ class Engine:
             events = list(self._scheduler.expire(now_s))
             if completed is not None and not self._failure:
                 events += self._scheduler.apply(completed.slices, completed.result, now_s)
+            news = self._addressed(events)
         if completed is not None:
             self._fill()
             self._count(completed)
-        self._deliver(events)
+        self._deliver(news)
 
     def _fill(self) -> None:
         while self._pipeline.has_room and not self._failure:

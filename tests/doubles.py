@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from tightfit.cluster.scheduling.batching import Scheduler, SchedulerConfig
 from tightfit.workers.api import (
     MicroBatch,
     SampledToken,
+    SamplingSpec,
     SequenceScores,
     SequenceSlice,
     StepResult,
@@ -75,11 +77,7 @@ class ModelStages:
         for part in slices:
             digest = self._read(part)
             if part.sampling is not None:
-                tokens.append(
-                    SampledToken(
-                        sequence_id=part.sequence_id, token_id=_drawn(digest, self._vocab_size)
-                    )
-                )
+                tokens.append(self.sampled(part.sequence_id, digest, part.sampling))
             if part.score_targets:
                 scores.append(
                     SequenceScores(
@@ -89,6 +87,10 @@ class ModelStages:
                     )
                 )
         return StepResult(epoch=epoch, step=step, tokens=tokens, scores=scores, forward_s=[0.0])
+
+    def sampled(self, sequence_id: int, digest: bytes, spec: SamplingSpec) -> SampledToken:
+        """The token after the context with this digest, whatever the spec wants."""
+        return SampledToken(sequence_id=sequence_id, token_id=_drawn(digest, self._vocab_size))
 
     def _slot(self, part: SequenceSlice, position: int) -> int:
         size = self._block_size
@@ -268,9 +270,10 @@ class FakeChain:
             self._woken = False
             if self.paused or not self._results:
                 return None
-            if self._delay_s:
-                threading.Event().wait(self._delay_s)
-            return self._results.popleft()
+            result = self._results.popleft()
+        if self._delay_s:
+            time.sleep(self._delay_s)  # without the lock: `wake` is called in an event loop
+        return result
 
     def resume(self) -> None:
         with self._ready:
