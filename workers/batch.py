@@ -14,6 +14,7 @@ from tightfit.workers.decoder_config import DecoderConfig, Position
 from tightfit.workers.errors import StageError
 from tightfit.workers.kv_cache import gather_rows
 from tightfit.workers.positions import alibi_slopes, rotary_frequencies, rotary_rows
+from tightfit.workers.shard_bytes import GATHER_ELEMENTS
 
 PADDING_LIMIT = 2
 """Decodes share one gather while the longest context is at most this times the shortest."""
@@ -22,10 +23,6 @@ FUSED_KEYS_LIMIT = 2048
 """Most keys (KV heads · context) for which torch's fused attention is the faster for one token of
 one sequence, and only with grouped heads: it takes about 45 ns a key, and more when one query
 stands alone; batched products take 30 µs, and a tenth of that a key."""
-
-GATHER_ELEMENTS = 2**20
-"""Keys and values gathered at a time, in elements: what stays in cache until it is multiplied, and
-what bounds the workspace of long contexts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +39,7 @@ class FusedGroup:
     blocks: Tensor
     """[2, KV heads, blocks] int64, as `kv_cache.gather_rows` makes them."""
     mask: Tensor | None
-    """Additive, [1, 1 or H, queries, S]; None: everything is visible, or `causal` says it."""
-    causal: bool
-    """A whole prompt from position 0: plain causal attention."""
+    """Additive, [1, 1 or KV heads, heads per KV head · queries, S]; None: everything is visible."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,16 +166,13 @@ class BatchBuilder:
         num, start = len(part.token_ids), part.start_position
         context = start + num
         table = part.block_table[: -(-context // self._block_size)]
-        plain = self._slopes is None
-        causal = plain and start == 0 and num > 1
         return FusedGroup(
             rows=slice(row, row + num),
             num_queries=num,
             context=context,
             first_slot=self._first_slot(table),
             blocks=self._gather_rows([table]),
-            mask=None if causal or (plain and num == 1) else self._chunk_mask(start, num),
-            causal=causal,
+            mask=None if num == 1 and self._slopes is None else self._chunk_mask(start, num),
         )
 
     def _gather_rows(self, tables: list[list[int]]) -> Tensor:
@@ -191,12 +183,19 @@ class BatchBuilder:
         )
 
     def _chunk_mask(self, start: int, num: int) -> Tensor:
-        """[1, 1 or H, num, S]: causal from `start` on, with ALiBi's bias where there is one."""
+        """[1, 1 or KV heads, heads per KV head · num, S]: causal from `start` on, with ALiBi's bias
+        where there is one."""
+        config = self._config
         distance = torch.arange(start + num)[None] - torch.arange(start, start + num)[:, None]
         bias = torch.zeros(distance.shape).masked_fill_(distance > 0, float("-inf"))
         if self._slopes is None:
-            return bias[None, None].to(self._dtype)
-        return (bias + self._slopes[:, None, None] * distance)[None].to(self._dtype)
+            repeats = config.num_heads // config.num_kv_heads
+            return bias.to(self._dtype).repeat(repeats, 1)[None, None]
+        # Head by head: all heads at once would be as large again, in fp32.
+        mask = torch.empty((config.num_heads, *distance.shape), dtype=self._dtype)
+        for head, slope in zip(mask, self._slopes.tolist(), strict=True):
+            head.copy_(torch.add(bias, distance, alpha=slope))
+        return mask.view(1, config.num_kv_heads, -1, distance.shape[1])
 
     def _first_slot(self, table: Sequence[int]) -> int | None:
         first = table[0]
@@ -233,7 +232,9 @@ class BatchBuilder:
         blocks = self._gather_rows([t + [0] * (num_blocks - len(t)) for t in tables])
         padded = num_blocks * self._block_size
         mask = self._decode_mask([part.start_position for _, part in members], padded)
-        step = max(1, GATHER_ELEMENTS // (2 * padded * self._config.head_dim))
+        most = max(1, GATHER_ELEMENTS // (2 * padded * self._config.head_dim))
+        num_parts = -(-blocks.shape[1] // most)
+        step = -(-blocks.shape[1] // num_parts)
         fused = self._is_grouped and blocks.shape[1] * padded <= FUSED_KEYS_LIMIT
         return DecodeGroup(
             rows=rows,

@@ -159,20 +159,14 @@ class DecoderLayer:
         else:
             keys, values = cache.gather(self._index, group.blocks)
             keys, values = keys[None, :, : group.context], values[None, :, : group.context]
-        repeats = config.num_heads // config.num_kv_heads
-        if num == 1:
-            # The heads that share a KV head stand where queries stand: nothing is repeated.
-            q = query.view(1, config.num_kv_heads, repeats, config.head_dim)
-            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=group.mask)
-            return out.reshape(1, -1)
-        q = query.view(1, num, config.num_heads, config.head_dim).transpose(1, 2)
-        if repeats > 1:
-            keys = keys.repeat_interleave(repeats, dim=1)
-            values = values.repeat_interleave(repeats, dim=1)
-        out = F.scaled_dot_product_attention(
-            q, keys, values, attn_mask=group.mask, is_causal=group.causal
-        )
-        return out.transpose(1, 2).reshape(num, -1)
+        # The heads that share a KV head stand where queries stand: nothing is repeated.
+        q = query.view(num, config.num_kv_heads, -1, config.head_dim)
+        if num > 1:
+            q = q.permute(1, 2, 0, 3).reshape(1, config.num_kv_heads, -1, config.head_dim)
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=group.mask)
+        if num > 1:
+            out = out.view(config.num_kv_heads, -1, num, config.head_dim).permute(2, 0, 1, 3)
+        return out.reshape(num, -1)
 
     def _attend_decodes(self, query: Tensor, group: DecodeGroup, cache: KVCache) -> Tensor:
         """One query token per sequence; the heads that share a KV head stand where queries do."""

@@ -6,6 +6,7 @@ checkpoint's names. L layers, H heads, D head size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -230,8 +231,9 @@ class ConfigReader:
         value = self._config.get(key)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UnsupportedModelError(f"config.json: {key} is {value!r}, not a number")
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value):
+            raise UnsupportedModelError(f"config.json: {key} is {value!r}, not a finite number")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -245,8 +247,8 @@ class ConfigReader:
 
     def activation(self, key: str, default: str) -> Activation:
         """A supported nonlinearity by Hugging Face's name."""
-        name = self._config.get(key, default)
-        if name not in ACTIVATIONS:
+        name = self._config.get(key) or default
+        if not isinstance(name, str) or name not in ACTIVATIONS:
             raise UnsupportedModelError(
                 f"config.json: {key} is {name!r}; supported are {', '.join(ACTIVATIONS)}"
             )
@@ -265,7 +267,17 @@ class ConfigReader:
         """One id or a list of them."""
         value = self._config.get("eos_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        return frozenset(int(i) for i in ids)
+        return frozenset(self._token_id("eos_token_id", i) for i in ids)
+
+    def bos_token_id(self) -> int | None:
+        """The token that starts a text, if there is one."""
+        value = self._config.get("bos_token_id")
+        return None if value is None else self._token_id("bos_token_id", value)
+
+    def _token_id(self, key: str, value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise UnsupportedModelError(f"config.json: {key} has {value!r}, which is no token id")
+        return value
 
 
 ACTIVATIONS = {
@@ -276,6 +288,16 @@ ACTIVATIONS = {
     "silu": Activation.SILU,
     "swish": Activation.SILU,
 }
+
+
+NOT_DONE = (
+    "attn_logit_softcapping", "final_logit_softcapping", "num_local_experts", "num_experts",
+    "n_routed_experts", "use_qk_norm", "qk_layernorm", "logit_scale", "embedding_multiplier",
+    "residual_multiplier", "attention_multiplier", "no_rope_layers", "attention_chunk_size",
+    "clip_qkv", "parallel_attn",
+)  # fmt: skip
+"""Settings of relatives of the supported families, which change what is computed: any value but
+null or false is refused."""
 
 
 def families() -> dict[str, Callable[[HFConfig], DecoderConfig]]:
@@ -299,15 +321,19 @@ def decoder_config(config: HFConfig) -> DecoderConfig:
     """
     known = families()
     model_type = config.get("model_type")
-    if model_type not in known:
+    if not isinstance(model_type, str) or model_type not in known:
         raise UnsupportedModelError(
             f"config.json: model_type is {model_type!r}; supported are {', '.join(sorted(known))}"
         )
+    _check_architecture(model_type, config.get("architectures"))
     if config.get("quantization_config") is not None:
         raise UnsupportedModelError(
             "config.json: quantization_config: checkpoints that are already quantised by others "
             "are not supported yet; use the 16-bit checkpoint and choose a --format"
         )
+    read = ConfigReader(config)
+    for key in NOT_DONE:
+        read.only(key, False)
     decoder = known[model_type](config)
     if decoder.num_heads % decoder.num_kv_heads:
         raise UnsupportedModelError(
@@ -315,3 +341,16 @@ def decoder_config(config: HFConfig) -> DecoderConfig:
             f"{decoder.num_kv_heads} KV heads"
         )
     return decoder
+
+
+def _check_architecture(model_type: str, architectures: object) -> None:
+    """Refuse classifiers, embedders and relatives that share the family's model_type."""
+    if not architectures:
+        return
+    names = architectures if isinstance(architectures, list) else [architectures]
+    supported = {f"{model_type}{head}" for head in ("forcausallm", "model")}
+    if not any(str(name).lower() in supported for name in names):
+        raise UnsupportedModelError(
+            f"config.json: architectures is {architectures!r}; of model_type {model_type!r} the "
+            f"causal language model (…ForCausalLM) is supported"
+        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from tightfit.workers.shard_bytes import MAX_LOGIT_ROWS, head_is_shared
 
 Progress = Callable[[LoadProgress], None]
 
+DERIVED_TENSORS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+"""Ends of the names of buffers that older versions of transformers saved, made from the config."""
+
 
 class _Reader:
     """A checkpoint seen through a model's names: prefix found, reads counted."""
@@ -41,6 +45,7 @@ class _Reader:
         self._prefix = self._find_prefix()
         wanted = [(self._full(name), shape) for name, shape in self._wanted()]
         checkpoint.validate(wanted)
+        self._refuse_unknown({name for name, _ in wanted})
         self._total = sum(checkpoint.nbytes(name) for name, _ in wanted)
         self._done = 0
         self._started = time.monotonic()
@@ -67,7 +72,26 @@ class _Reader:
         for i in range(spec.first_layer, spec.end_layer):
             yield from config.layer_tensors(i)
         if spec.is_last:
-            yield from config.head_tensors()
+            shared = spec.is_first and head_is_shared(config, Format(spec.format))
+            embedding = f"{config.names.embedding}.weight"
+            for name, shape in config.head_tensors():
+                if not (shared and name == embedding):
+                    yield name, shape
+
+    def _refuse_unknown(self, wanted: set[str]) -> None:
+        """Refuse a tensor of our layers that nothing would read: the model is not what its config
+        says (a bias, a norm of Q and K), and would be computed wrongly without a word."""
+        some = self._config.names.attn_norm.partition("{i}")[0]
+        layers = range(self._spec.first_layer, self._spec.end_layer)
+        ours = tuple(self._full(f"{some}{i}.") for i in layers)
+        for name in sorted(self._checkpoint.names() - wanted):
+            if name.startswith(ours) and not name.endswith(DERIVED_TENSORS):
+                raise CheckpointError(
+                    self._spec.model_path,
+                    name,
+                    f"a {self._config.family} layer with this config has no such tensor; the "
+                    f"config does not belong to these weights, or the model is not supported",
+                )
 
     def read(self, name: str) -> Tensor:
         """One tensor, as stored."""
@@ -75,6 +99,20 @@ class _Reader:
         tensor = self._checkpoint.read(full)
         self._done += self._checkpoint.nbytes(full)
         return tensor
+
+    def stack(self, names: list[str]) -> Tensor:
+        """Some tensors one below the other; of those that are copies, one at a time is held."""
+        if len(names) == 1:
+            return self.read(names[0])
+        rows = [self._checkpoint.shape(self._full(name))[0] for name in names]
+        stacked: Tensor | None = None
+        for first, count, name in zip(accumulate([0, *rows]), rows, names, strict=False):
+            part = self.read(name)
+            if stacked is None:
+                stacked = part.new_empty((sum(rows), *part.shape[1:]))
+            stacked[first : first + count] = part
+        assert stacked is not None
+        return stacked
 
     def note(self, message: str, phase: str = "loading") -> None:
         """Report how far the load has come."""
@@ -149,12 +187,9 @@ class ShardModel:
     def _linear(self, reader: _Reader, names: tuple[str, ...], bias: bool) -> Linear:
         """One linear layer out of one or several stacked ones, quantised."""
         try:
-            weights = [reader.read(f"{name}.weight") for name in names]
-            weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-            biases = [reader.read(f"{name}.bias") for name in names] if bias else []
-            return quantize_linear(
-                weight, torch.cat(biases) if biases else None, self.format, device=self.spec.device
-            )
+            weight = reader.stack([f"{name}.weight" for name in names])
+            biases = reader.stack([f"{name}.bias" for name in names]) if bias else None
+            return quantize_linear(weight, biases, self.format, device=self.spec.device)
         except ValueError as error:
             raise CheckpointError(self.spec.model_path, names[0], str(error)) from error
 

@@ -9,6 +9,9 @@ from tightfit.workers.decoder_config import DecoderConfig, Norm, Position
 
 MAX_LOGIT_ROWS = 64
 """Rows of logits in memory at once; more are computed in several goes."""
+GATHER_ELEMENTS = 2**21
+"""Keys and values that decodes gather at a time, in elements: what stays in cache until it is
+multiplied."""
 SCRATCH_ROWS = 4096
 """Output channels that `kernels.cpu.int8_dequantized` widens at a time."""
 
@@ -118,4 +121,13 @@ def workspace_bytes(config: DecoderConfig, fmt: Format, max_batch_tokens: int) -
     activations = max_batch_tokens * (3 * config.hidden_size + widest) * max(4, act_bytes(fmt))
     logits = 3 * MAX_LOGIT_ROWS * config.vocab_size * 4
     scratch = SCRATCH_ROWS * max(config.hidden_size, config.intermediate_size) * act_bytes(fmt)
-    return activations + logits + scratch
+    return activations + logits + scratch + attention_bytes(config, fmt, max_batch_tokens)
+
+
+def attention_bytes(config: DecoderConfig, fmt: Format, max_batch_tokens: int) -> int:
+    """Workspace of attention: masks of a whole batch, gathered keys and values of one layer."""
+    is_alibi = config.position is Position.ALIBI
+    masks = config.num_heads if is_alibi else config.num_heads // config.num_kv_heads
+    mask = max_batch_tokens * config.max_position * (masks * act_bytes(fmt) + 2 * 4)
+    one_sequence = 2 * config.max_position * config.num_kv_heads * config.head_dim
+    return mask + max(GATHER_ELEMENTS, one_sequence) * act_bytes(fmt)

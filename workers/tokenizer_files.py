@@ -29,6 +29,8 @@ def convert(model: Path, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(
         str(directory), local_files_only=True, trust_remote_code=False, **options
     )
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        raise SystemExit("there are no vocabulary files")  # transformers made an empty one
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
         fresh = Path(work) / "tokenizer"

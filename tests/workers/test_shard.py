@@ -1,19 +1,18 @@
-import random
 from dataclasses import replace
 
 import pytest
 import tiny_models
 import torch
+from safetensors.torch import load_file, save_file
+from shard_chain import BLOCK, BLOCKS, Chain, part, random_tokens, tables
 
 from tightfit.kernels.formats import Format
-from tightfit.workers.api import MicroBatch, SequenceSlice, StageSpec
+from tightfit.workers.api import StageSpec
 from tightfit.workers.checkpoint import open_checkpoint
 from tightfit.workers.decoder_config import decoder_config
-from tightfit.workers.errors import StageError
+from tightfit.workers.errors import CheckpointError, StageError
 from tightfit.workers.shard import ShardModel
 from tightfit.workers.shard_bytes import kv_block_bytes, shard_bytes
-
-BLOCK, BLOCKS = 16, 64
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,53 +33,6 @@ def models(tmp_path_factory):
         return made[variant]
 
     return get
-
-
-class Chain:
-    """Shards of one model, called one after the other."""
-
-    def __init__(self, path, num_stages, fmt="fp32"):
-        checkpoint = open_checkpoint(path)
-        self.config = decoder_config(checkpoint.config)
-        edges = [round(i * self.config.num_layers / num_stages) for i in range(num_stages + 1)]
-        self.shards = []
-        for i in range(num_stages):
-            spec = StageSpec(
-                model_path=str(path), stage_index=i, num_stages=num_stages, first_layer=edges[i],
-                end_layer=edges[i + 1], format=fmt,
-            )  # fmt: skip
-            shard = ShardModel.load(checkpoint, self.config, spec)
-            shard.allocate_kv(BLOCKS)
-            self.shards.append(shard)
-        checkpoint.close()
-
-    @torch.inference_mode()
-    def log_probs(self, slices):
-        hidden = None
-        batch = MicroBatch(epoch=0, step=0, slices=slices)
-        for shard in self.shards:
-            hidden = shard.forward(batch, hidden)
-        parts = [self.shards[-1].logits(rows) for rows in hidden.split(64)]
-        return torch.log_softmax(torch.cat(parts), dim=-1)
-
-
-def tables(seed=0):
-    """Scattered, disjoint block tables for three sequences."""
-    ids = list(range(BLOCKS))
-    random.Random(seed).shuffle(ids)
-    return ids[:21], ids[21:42], ids[42:63]
-
-
-def part(sequence_id, table, start, token_ids):
-    used = -(-(start + len(token_ids)) // BLOCK)
-    return SequenceSlice(
-        sequence_id=sequence_id, start_position=start, token_ids=token_ids, block_table=table[:used]
-    )
-
-
-def random_tokens(count, seed):
-    generator = random.Random(seed)
-    return [generator.randrange(tiny_models.VOCAB) for _ in range(count)]
 
 
 @pytest.mark.parametrize("variant", tiny_models.VARIANTS)
@@ -176,6 +128,56 @@ def test_a_shard_reads_only_its_own_tensors(models):
     ShardModel.load(checkpoint, config, spec)
     assert read
     assert all(".layers.2." in name for name in read)
+
+
+def stage_spec(**changes):
+    fields = {
+        "model_path": "m", "stage_index": 0, "num_stages": 1, "first_layer": 0, "end_layer": 5,
+        "format": "int8",
+    }  # fmt: skip
+    return StageSpec(**{**fields, **changes})
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "int8"])
+@pytest.mark.parametrize("variant", ["llama-mha-tied", "opt-350m"])
+def test_progress_ends_at_the_bytes_that_were_announced(models, variant, fmt):
+    checkpoint = open_checkpoint(models(variant).path)
+    reports = []
+    config = decoder_config(checkpoint.config)
+    ShardModel.load(checkpoint, config, stage_spec(format=fmt), progress=reports.append)
+    done = [report.bytes_done for report in reports]
+    assert done == sorted(done)
+    assert done[-1] == reports[-1].bytes_total == reports[0].bytes_total > 0
+
+
+def test_shapes_are_checked_before_anything_is_read(models):
+    checkpoint = open_checkpoint(models("llama").path)
+    config = replace(decoder_config(checkpoint.config), intermediate_size=88)
+    checkpoint.read = lambda name: pytest.fail(f"{name} was read")
+    with pytest.raises(CheckpointError, match=r"layers.0.mlp.gate_proj.weight.*\[88, 48\]"):
+        ShardModel.load(checkpoint, config, stage_spec())
+
+
+def test_a_layer_tensor_that_the_config_does_not_know_is_refused(models):
+    checkpoint = open_checkpoint(models("llama-biases").path)
+    config = decoder_config({**checkpoint.config, "attention_bias": False})
+    with pytest.raises(CheckpointError, match=r"layers.0.self_attn.k_proj.bias: a llama layer"):
+        ShardModel.load(checkpoint, config, stage_spec())
+
+
+@pytest.mark.parametrize("variant", ["bloom", "opt", "llama"])
+def test_names_without_the_usual_prefix_are_found(models, tmp_path, variant):
+    source = models(variant).path
+    prefix = {"bloom": "transformer.", "opt": "model.", "llama": "model."}[variant]
+    tensors = load_file(source / "model.safetensors")
+    save_file(
+        {name.removeprefix(prefix): tensor for name, tensor in tensors.items()},
+        tmp_path / "model.safetensors",
+    )
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    slices = [part(0, tables()[0], 0, random_tokens(20, seed=1))]
+    bare, usual = (Chain(path, 2).log_probs(slices) for path in (tmp_path, source))
+    torch.testing.assert_close(bare, usual, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ TRAINED_CONTEXT = 2048
 def from_config(config: HFConfig) -> DecoderConfig:
     """See `decoder_config.decoder_config`."""
     read = ConfigReader(config)
-    hidden = read.integer("hidden_size", "n_embed")
+    hidden = read.integer("n_embed", "hidden_size")  # transformers' order of preference
     heads = read.integer("num_attention_heads", "n_head")
     if hidden % heads:
         raise UnsupportedModelError(
@@ -60,6 +60,6 @@ def from_config(config: HFConfig) -> DecoderConfig:
         embedding_size=hidden,
         tied_head=read.flag("tie_word_embeddings", True),
         eos_token_ids=read.eos_token_ids(),
-        bos_token_id=config.get("bos_token_id"),
+        bos_token_id=read.bos_token_id(),
         names=NAMES,
     )

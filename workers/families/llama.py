@@ -44,6 +44,16 @@ def from_config(config: HFConfig) -> DecoderConfig:
     read = ConfigReader(config)
     hidden = read.integer("hidden_size")
     heads = read.integer("num_attention_heads")
+    if config.get("head_dim") is None and hidden % heads:
+        raise UnsupportedModelError(
+            f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}, and "
+            f"there is no head_dim"
+        )
+    head_dim = read.integer("head_dim", default=hidden // heads)
+    if head_dim % 2:
+        raise UnsupportedModelError(
+            f"config.json: a head_dim of {head_dim} is odd; rotary positions turn pairs of features"
+        )
     attention_bias = read.flag("attention_bias", False)
     max_position = read.integer("max_position_embeddings")
     read.only("sliding_window", max_position)
@@ -54,7 +64,7 @@ def from_config(config: HFConfig) -> DecoderConfig:
         hidden_size=hidden,
         num_heads=heads,
         num_kv_heads=read.integer("num_key_value_heads", default=heads),
-        head_dim=read.integer("head_dim", default=hidden // heads),
+        head_dim=head_dim,
         intermediate_size=read.integer("intermediate_size"),
         vocab_size=read.integer("vocab_size"),
         max_position=max_position,
@@ -71,45 +81,55 @@ def from_config(config: HFConfig) -> DecoderConfig:
         rope=_rope(config, max_position),
         tied_head=read.flag("tie_word_embeddings", False),
         eos_token_ids=read.eos_token_ids(),
-        bos_token_id=config.get("bos_token_id"),
+        bos_token_id=read.bos_token_id(),
         names=NAMES,
     )
+
+
+DEFAULT_WINDOW = 4096
+"""What transformers takes when config.json of a Mistral or Qwen2 model has no sliding_window; null
+means that there is none."""
 
 
 def from_mistral_config(config: HFConfig) -> DecoderConfig:
     """Mistral: Llama with a sliding window; up to the window attention is full, so it is the
     context."""
-    window = config.get("sliding_window")
-    return _cut_to_window(from_config({**config, "sliding_window": None}), window)
+    return _cut_to_window(from_config({**config, "sliding_window": None}), config)
 
 
 def from_qwen2_config(config: HFConfig) -> DecoderConfig:
     """Qwen2: Llama with biases on Q, K and V only, and a window that is seldom switched on."""
-    window = config.get("sliding_window") if config.get("use_sliding_window") else None
     base = {**config, "sliding_window": None, "attention_bias": False}
     decoder = replace(from_config(base), qkv_bias=True)
-    return _cut_to_window(decoder, window)
+    uses_window = ConfigReader(config).flag("use_sliding_window", False)
+    return _cut_to_window(decoder, config) if uses_window else decoder
 
 
-def _cut_to_window(decoder: DecoderConfig, window: Any) -> DecoderConfig:
-    if window is None or window >= decoder.max_position:
+def _cut_to_window(decoder: DecoderConfig, config: HFConfig) -> DecoderConfig:
+    if config.get("sliding_window", DEFAULT_WINDOW) is None:
+        return decoder
+    window = ConfigReader(config).integer("sliding_window", default=DEFAULT_WINDOW)
+    if window >= decoder.max_position:
         return decoder
     note = (
         f"sliding window: the context is limited to the window's {window} tokens "
         f"(of {decoder.max_position}), within which attention is exact"
     )
-    return replace(decoder, max_position=int(window), notes=(*decoder.notes, note))
+    return replace(decoder, max_position=window, notes=(*decoder.notes, note))
 
 
 def _rope(config: HFConfig, max_position: int) -> Rope:
     """From transformers 5's `rope_parameters`, or the older `rope_theta` and `rope_scaling`."""
-    parameters: Mapping[str, Any] = (
-        config.get("rope_parameters") or config.get("rope_scaling") or {}
-    )
+    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    parameters: Mapping[str, Any] = config.get(key) or {}
+    if not isinstance(parameters, Mapping):
+        raise UnsupportedModelError(f"config.json: {key} is {parameters!r}, not an object")
     read = ConfigReader(parameters)
     theta = read.number("rope_theta", ConfigReader(config).number("rope_theta", 10000.0))
+    if theta <= 0:
+        raise UnsupportedModelError(f"config.json: rope_theta is {theta:g}, not positive")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind not in ROPE_KINDS:
+    if not isinstance(kind, str) or kind not in ROPE_KINDS:
         raise UnsupportedModelError(
             f"config.json: rope_type is {kind!r}; supported are {', '.join(ROPE_KINDS)}"
         )
@@ -147,14 +167,14 @@ def _rope(config: HFConfig, max_position: int) -> Rope:
 def _attention_factor(parameters: Mapping[str, Any], factor: float) -> float:
     """YaRN's temperature (arXiv 2309.00071, eq. 22), or the ratio that mscale and mscale_all_dim
     give."""
-    given = parameters.get("attention_factor")
-    if given is not None:
-        return float(given)
+    read = ConfigReader(parameters)
+    if parameters.get("attention_factor") is not None:
+        return read.number("attention_factor", 1.0)
 
     def mscale(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    one, all_dims = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    one, all_dims = read.number("mscale", 0.0), read.number("mscale_all_dim", 0.0)
     if one and all_dims:
         return mscale(one) / mscale(all_dims)
     return mscale(1.0)

@@ -74,6 +74,6 @@ def from_config(config: HFConfig) -> DecoderConfig:
         embedding_size=read.integer("word_embed_proj_dim", default=hidden),
         tied_head=read.flag("tie_word_embeddings", True),
         eos_token_ids=read.eos_token_ids(),
-        bos_token_id=config.get("bos_token_id"),
+        bos_token_id=read.bos_token_id(),
         names=NAMES,
     )
