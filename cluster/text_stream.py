@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from tightfit.cluster.tokenizer import Tokenizer
 
@@ -83,8 +83,10 @@ class IncrementalDecoder:
         return text
 
 
-def decode_whole(tokenizer: Tokenizer, token_ids: Iterable[int]) -> str:
+def decode_whole(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
     """Text of tokens, exactly as a stream of them would have shown it."""
+    if not tokenizer.has_byte_tokens:
+        return tokenizer.decode(token_ids)
     decoder = IncrementalDecoder(tokenizer)
     return "".join([decoder.push(token_id) for token_id in token_ids]) + decoder.finish()
 
@@ -108,10 +110,12 @@ class StopFinder:
         if not text or self.found:
             return ""
         self._held += text
-        hits = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
-        if hits:
+        starts = ((self._held.find(stop), len(stop)) for stop in self._stops)
+        ends = [(start + length, start) for start, length in starts if start >= 0]
+        if ends:
             self.found = True
-            return self._release(min(hits))
+            _, start = min(ends)  # the one that is complete first, however the text comes
+            return self._release(start)
         return self._release(len(self._held) - self._possible_beginning())
 
     def _release(self, length: int) -> str:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import processors
 
 from tightfit.cluster.errors import ConfigError
 
@@ -27,11 +26,13 @@ GENERATION = "generation_config.json"
 CONVERT_TIMEOUT_S = 300.0
 CONVERSION_VERSION = 1
 """Raise it when the conversion changes: what is cached is then made anew."""
+MAX_LOCKED_CHARACTERS = 2000
+"""Longest text (or number of tokens) that may be worked on while Python's lock is held: 1 ms."""
 SOURCE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer. Thread-safe; encoding releases the GIL.
+    """A checkpoint's tokenizer. Thread-safe; long work releases the GIL.
 
     Args:
         fast: the tokenizer; not to be changed by others afterwards.
@@ -65,17 +66,31 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; with what the model expects at its ends, if asked."""
-        ids: list[int] = self._fast.encode(text, add_special_tokens=add_special_tokens).ids
+        if len(text) <= MAX_LOCKED_CHARACTERS:
+            encoding = self._fast.encode(text, add_special_tokens=add_special_tokens)
+        else:  # only the batched methods release the GIL
+            (encoding,) = self._fast.encode_batch_fast(
+                [text], add_special_tokens=add_special_tokens
+            )
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of tokens; special tokens, and ids that the vocabulary lacks, are left out."""
-        text: str = self._fast.decode(list(token_ids), skip_special_tokens=True)
+        if len(token_ids) <= MAX_LOCKED_CHARACTERS:
+            text: str = self._fast.decode(list(token_ids), skip_special_tokens=True)
+        else:
+            (text,) = self._fast.decode_batch([list(token_ids)], skip_special_tokens=True)
         return text
 
     def is_silent(self, token_id: int) -> bool:
         """`decode` leaves this token out."""
         return token_id in self._special_ids or self._fast.id_to_token(token_id) is None
+
+    @property
+    def has_byte_tokens(self) -> bool:
+        """`byte_value` knows some."""
+        return bool(self._byte_values)
 
     def byte_value(self, token_id: int) -> int | None:
         """The byte that the token stands for, in vocabularies that spell unknown characters in
@@ -121,7 +136,6 @@ def load_tokenizer(model_path: Path, *, eos_token_ids: frozenset[int] = frozense
     config = _json(files.configs / "tokenizer_config.json")
     generation = _json(files.generation)
     special = _special_tokens({**_json(files.configs / "special_tokens_map.json"), **config})
-    _set_ends(fast, config, special)
     return Tokenizer(
         fast,
         chat_template=_chat_template(files.configs, config),
@@ -135,24 +149,6 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     named = {key: value for key, value in config.items() if key.endswith("_token")}
     texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in named.items()}
     return {key: text for key, text in texts.items() if isinstance(text, str)}
-
-
-def _set_ends(fast: FastTokenizer, config: dict[str, Any], special: dict[str, str]) -> None:
-    """Have `encode` add what the configuration says in so many words; else tokenizer.json's own
-    rule stays. As transformers does it."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    wanted = {"bos_token": config.get("add_bos_token"), "eos_token": config.get("add_eos_token")}
-    ends = {
-        name: (special[name], fast.token_to_id(special[name]))
-        for name, is_wanted in wanted.items()
-        if is_wanted and name in special and fast.token_to_id(special[name]) is not None
-    }
-    before = f"{ends['bos_token'][0]}:0 " if "bos_token" in ends else ""
-    after = f" {ends['eos_token'][0]}:0" if "eos_token" in ends else ""
-    fast.post_processor = processors.TemplateProcessing(
-        single=f"{before}$A:0{after}", special_tokens=sorted(set(ends.values()))
-    )
 
 
 def _eos_ids(

@@ -16,7 +16,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
 
     Args:
         engine: what is asked; asking the stages takes milliseconds, so it is done off the event
-        loop.
+            loop.
         on_drain: called when draining is asked for.
     """
 
@@ -31,8 +31,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
         async def work() -> cluster_pb2.GetStatusResponse:
             return convert.status_response(await asyncio.to_thread(self._engine.status))
 
-        answer: cluster_pb2.GetStatusResponse = await unary(context, work)
-        return answer
+        return await unary(context, work)
 
     async def GetPlan(
         self, request: cluster_pb2.GetPlanRequest, context: Context
@@ -42,12 +41,15 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
         async def work() -> cluster_pb2.GetPlanResponse:
             return convert.plan_response(await asyncio.to_thread(self._engine.status))
 
-        answer: cluster_pb2.GetPlanResponse = await unary(context, work)
-        return answer
+        return await unary(context, work)
 
     async def Drain(
         self, request: cluster_pb2.DrainRequest, context: Context
     ) -> cluster_pb2.DrainResponse:
         """No new requests from now on."""
-        self._on_drain()
-        return cluster_pb2.DrainResponse(unfinished_requests=self._engine.num_unfinished)
+
+        async def work() -> cluster_pb2.DrainResponse:
+            self._on_drain()
+            return cluster_pb2.DrainResponse(unfinished_requests=self._engine.num_unfinished)
+
+        return await unary(context, work)

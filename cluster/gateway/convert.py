@@ -6,6 +6,7 @@ All functions raise InvalidRequestError naming the field as the proto spells it.
 from __future__ import annotations
 
 import math
+import re
 import secrets
 from collections.abc import Iterable, Sequence
 
@@ -23,6 +24,7 @@ MAX_LOGIT_BIASES = 1024
 MAX_LOGPROBS = 20
 MAX_N = 16
 MAX_MESSAGES, MAX_ROLE_CHARACTERS = 1024, 32
+ROLE = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_ROLE_CHARACTERS}}}")
 MAX_PRIORITY = 100
 
 FINISH_REASONS = {
@@ -70,12 +72,28 @@ def priority(given: int) -> int:
 def token_ids(field: str, ids: Iterable[int], model: ModelInfo) -> tuple[int, ...]:
     """Known token ids."""
     checked = tuple(ids)
-    unknown = next((i for i in checked if i >= model.vocab_size), None)
-    if unknown is not None:
+    if checked and max(checked) >= model.vocab_size:
+        unknown = next(i for i in checked if i >= model.vocab_size)
         raise InvalidRequestError(
             field, f"token id {unknown} is not in the vocabulary of {model.vocab_size}"
         )
     return checked
+
+
+def resumed(ids: Sequence[int], sampling: SamplingParams, model: ModelInfo) -> tuple[int, ...]:
+    """Output tokens that the caller already has."""
+    if ids and sampling.n > 1:
+        raise InvalidRequestError("resume_token_ids", "can only be given with sampling.n = 1")
+    limits = {
+        "sampling.max_tokens": sampling.max_tokens,
+        "the context": model.max_context_tokens,
+    }
+    name = min(limits, key=lambda key: limits[key])
+    if len(ids) > limits[name]:
+        raise InvalidRequestError(
+            "resume_token_ids", f"has {len(ids)} tokens; {name} allows {limits[name]}"
+        )
+    return token_ids("resume_token_ids", ids, model)
 
 
 def messages(chat: common_pb2.Chat) -> list[dict[str, str]]:
@@ -85,10 +103,11 @@ def messages(chat: common_pb2.Chat) -> list[dict[str, str]]:
             "chat.messages", f"has {len(chat.messages)} messages; 1 to {MAX_MESSAGES} are allowed"
         )
     for i, message in enumerate(chat.messages):
-        if not 1 <= len(message.role) <= MAX_ROLE_CHARACTERS:
+        if not ROLE.fullmatch(message.role):
             raise InvalidRequestError(
                 f"chat.messages[{i}].role",
-                f"has {len(message.role)} characters; 1 to {MAX_ROLE_CHARACTERS} are allowed",
+                f"is {message.role[:40]!r}; 1 to {MAX_ROLE_CHARACTERS} ASCII letters, digits, "
+                '"_" and "-" are allowed',
             )
     return [{"role": m.role, "content": m.content} for m in chat.messages]
 

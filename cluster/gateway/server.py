@@ -12,6 +12,7 @@ from tightfit.cluster.engine import Engine
 from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.gateway.cluster_service import ClusterService
 from tightfit.cluster.gateway.service import InferenceService
+from tightfit.cluster.gateway.status import RefuseMalformed
 from tightfit.cluster.metrics import Metrics
 from tightfit.cluster.tokenizer import Tokenizer
 from tightfit.v1 import cluster_pb2, inference_pb2
@@ -21,6 +22,7 @@ from tightfit.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_serve
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 CLUSTER = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name
 HEALTH_POLL_S = 0.25
+STOP_GRACE_S = 1.0
 MAX_REQUEST_BYTES = 4 * 2**20
 
 OPTIONS = (
@@ -40,31 +42,43 @@ class GatewayServer:
         engine: started by `start`, stopped by the caller.
         tokenizer: the model's.
         metrics: where to count.
+    Raises:
+        ConfigError: the checkpoint's chat template is not valid.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, metrics: Metrics) -> None:
         self._engine, self._metrics = engine, metrics
-        self._server = grpc.aio.server(options=OPTIONS)
+        self._server = grpc.aio.server(options=OPTIONS, interceptors=(RefuseMalformed(),))
         self._health = health.aio.HealthServicer()
         self._watcher: asyncio.Task[None] | None = None
         self.drain_requested = asyncio.Event()
-        add_InferenceServiceServicer_to_server(
-            InferenceService(engine, tokenizer, metrics), self._server
-        )
+        self._inference = InferenceService(engine, tokenizer, metrics)
+        add_InferenceServiceServicer_to_server(self._inference, self._server)
         add_ClusterServiceServicer_to_server(ClusterService(engine, self._drain), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
             (INFERENCE, CLUSTER, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
         )
 
-    async def start(self, host: str, port: int) -> int:
+    async def start(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> int:
         """Listen and serve; returns the port, which was chosen if 0 was asked for.
 
+        Args:
+            credentials: for TLS; None: what travels can be read and changed on its way.
         Raises:
             ConfigError: the address cannot be listened on.
         """
         try:
-            bound = self._server.add_insecure_port(f"{host}:{port}")
+            if credentials is None:
+                bound = self._server.add_insecure_port(f"{host}:{port}")
+            else:
+                bound = self._server.add_secure_port(f"{host}:{port}", credentials)
         except RuntimeError as error:
             raise ConfigError(
                 f"cannot listen on {host}:{port}: {error}. Is another service using the port?"
@@ -94,7 +108,8 @@ class GatewayServer:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
         await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace=1.0)
+        await self._server.stop(grace=STOP_GRACE_S)
+        self._inference.close()
 
     async def _watch_health(self) -> None:
         """Tell probes the truth: serving means progress, not just a living process."""

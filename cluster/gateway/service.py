@@ -2,59 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
-from tightfit.cluster.chat import ChatTemplate
 from tightfit.cluster.engine import Engine, RequestStream
-from tightfit.cluster.errors import (
-    CancelledError,
-    DeadlineError,
-    InvalidRequestError,
-    UnavailableError,
-)
+from tightfit.cluster.errors import TightfitError
 from tightfit.cluster.gateway import convert
+from tightfit.cluster.gateway.generation import Chunk, Generation, joined, raise_failure
+from tightfit.cluster.gateway.prompts import Prompts
 from tightfit.cluster.gateway.status import Context, stream, unary
 from tightfit.cluster.metrics import Metrics
-from tightfit.cluster.request import FinishReason, Request, SamplingParams, TokenEvent
-from tightfit.cluster.text_stream import TextStream
+from tightfit.cluster.request import FinishReason, Request
 from tightfit.cluster.tokenizer import Tokenizer
-from tightfit.v1 import common_pb2, inference_pb2, inference_pb2_grpc
-
-Generated = inference_pb2.GenerateStreamResponse
-
-
-def _raise_failure(event: TokenEvent) -> None:
-    """Raise what an event that is no proper end stands for."""
-    if event.finish_reason is FinishReason.ERROR:
-        raise UnavailableError(event.error)
-    if event.finish_reason is FinishReason.CANCELLED:
-        raise CancelledError("the request was cancelled")
-    if event.finish_reason is FinishReason.DEADLINE:
-        raise DeadlineError("the deadline passed before the request had ended")
-
-
-@dataclass(slots=True, kw_only=True)
-class _Progress:
-    """What one call has seen so far."""
-
-    request: Request
-    started_s: float = field(default_factory=time.monotonic)
-    texts: list[TextStream]
-    last_token_s: list[float | None]
-    ended: list[bool]
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-
-    def usage(self) -> common_pb2.Usage:
-        """So far."""
-        return common_pb2.Usage(
-            prompt_tokens=len(self.request.prompt_token_ids),
-            completion_tokens=self.completion_tokens,
-            cached_tokens=self.cached_tokens,
-        )
+from tightfit.v1 import inference_pb2, inference_pb2_grpc
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
@@ -64,12 +24,17 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         engine: started, in this event loop.
         tokenizer: the model's.
         metrics: where to count.
+    Raises:
+        ConfigError: the checkpoint's chat template is not valid.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, metrics: Metrics) -> None:
-        self._engine, self._tokenizer, self._metrics = engine, tokenizer, metrics
-        template = tokenizer.chat_template
-        self._chat = ChatTemplate(template, tokenizer.special_tokens) if template else None
+        self._engine, self._metrics = engine, metrics
+        self._prompts = Prompts(tokenizer, engine.model_info)
+
+    def close(self) -> None:
+        """End what the service started."""
+        self._prompts.close()
 
     # -- methods -----------------------------------------------------------------------------
 
@@ -79,30 +44,13 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """One answer, when every sequence has ended."""
 
         async def work() -> inference_pb2.GenerateResponse:
-            outputs: dict[int, inference_pb2.Output] = {}
-            usage = common_pb2.Usage()
-            request_id = ""
-            async for chunk in self._generate(request, context):
-                request_id = chunk.request_id
-                output = outputs.setdefault(chunk.index, inference_pb2.Output(index=chunk.index))
-                output.text += chunk.text
-                output.token_ids.extend(chunk.token_ids)
-                output.logprobs.extend(chunk.logprobs)
-                output.finish_reason = chunk.finish_reason
-                if chunk.HasField("usage"):
-                    usage = chunk.usage
-            return inference_pb2.GenerateResponse(
-                request_id=request_id,
-                outputs=[outputs[index] for index in sorted(outputs)],
-                usage=usage,
-            )
+            return joined([chunk async for chunk in self._generate(request, context)])
 
-        answer: inference_pb2.GenerateResponse = await unary(context, work)
-        return answer
+        return await unary(context, work)
 
     async def GenerateStream(
         self, request: inference_pb2.GenerateRequest, context: Context
-    ) -> AsyncIterator[Generated]:
+    ) -> AsyncIterator[Chunk]:
         """Chunks as tokens come."""
         async for chunk in stream(context, self._generate(request, context)):
             yield chunk
@@ -113,25 +61,23 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Log-probabilities of a given text."""
 
         async def work() -> inference_pb2.ScoreResponse:
-            convert.check_model(request.model, self._engine.model_info)
-            ids = await self._input_ids(request)
-            whole = Request(
-                request_id=convert.request_id(request.request_id),
-                prompt_token_ids=ids,
-                sampling=SamplingParams(max_tokens=0),
-                priority=convert.priority(request.priority),
-                deadline_s=_deadline(context),
-                score_only=True,
-            )
-            scores: tuple[float, ...] = ()
-            async for event in self._events(whole):
-                scores = event.scores
-            return inference_pb2.ScoreResponse(
-                request_id=whole.request_id, token_ids=ids, logprobs=scores
-            )
+            started_s = time.monotonic()
+            whole, events = await self._admit(self._prompts.score_request(request, context))
+            context.add_done_callback(_canceller(events))  # type: ignore[arg-type]
+            reason: FinishReason | None = None
+            try:
+                event = await anext(events)
+                reason = event.finish_reason
+                raise_failure(event)
+                return inference_pb2.ScoreResponse(
+                    request_id=whole.request_id,
+                    token_ids=whole.prompt_token_ids,
+                    logprobs=event.scores,
+                )
+            finally:
+                self._count_end(reason, context, started_s)
 
-        answer: inference_pb2.ScoreResponse = await unary(context, work)
-        return answer
+        return await unary(context, work)
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context
@@ -140,10 +86,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
         async def work() -> inference_pb2.TokenizeResponse:
             convert.check_model(request.model, self._engine.model_info)
-            return inference_pb2.TokenizeResponse(token_ids=await self._input_ids(request))
+            ids = await self._prompts.token_ids(request)
+            return inference_pb2.TokenizeResponse(token_ids=ids)
 
-        answer: inference_pb2.TokenizeResponse = await unary(context, work)
-        return answer
+        return await unary(context, work)
 
     async def Detokenize(
         self, request: inference_pb2.DetokenizeRequest, context: Context
@@ -152,181 +98,77 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
         async def work() -> inference_pb2.DetokenizeResponse:
             convert.check_model(request.model, self._engine.model_info)
-            ids = convert.token_ids("token_ids", request.token_ids, self._engine.model_info)
-            text = await asyncio.to_thread(self._tokenizer.decode, ids)
+            text = await self._prompts.decode(request.token_ids)
             return inference_pb2.DetokenizeResponse(text=text)
 
-        answer: inference_pb2.DetokenizeResponse = await unary(context, work)
-        return answer
+        return await unary(context, work)
 
     async def GetModel(
         self, request: inference_pb2.GetModelRequest, context: Context
     ) -> inference_pb2.GetModelResponse:
         """What is served."""
         return convert.model_response(
-            self._engine.model_info, has_chat_template=self._chat is not None
+            self._engine.model_info, has_chat_template=self._prompts.has_chat_template
         )
 
     # -- inside ------------------------------------------------------------------------------
 
-    async def _input_ids(
-        self,
-        request: inference_pb2.GenerateRequest
-        | inference_pb2.ScoreRequest
-        | inference_pb2.TokenizeRequest,
-    ) -> tuple[int, ...]:
-        """Token ids of whichever input the request has; encoding runs off the event loop."""
-        kind = request.WhichOneof("input")
-        if kind == "token_ids" and not isinstance(request, inference_pb2.TokenizeRequest):
-            ids = request.token_ids.ids
-            if not ids:
-                raise InvalidRequestError("token_ids", "is empty; give at least one token id")
-            return convert.token_ids("token_ids.ids", ids, self._engine.model_info)
-        if kind == "chat" and not isinstance(request, inference_pb2.ScoreRequest):
-            if self._chat is None:
-                raise InvalidRequestError(
-                    "chat", "this checkpoint has no chat template; send `prompt` or `token_ids`"
-                )
-            messages = convert.messages(request.chat)
-            text = await asyncio.to_thread(self._chat.render, messages)
-            return tuple(
-                await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=False)
-            )
-        if kind == "prompt":
-            if not request.prompt:
-                raise InvalidRequestError("prompt", "is empty; give at least one character")
-            return tuple(await asyncio.to_thread(self._tokenizer.encode, request.prompt))
-        raise InvalidRequestError("prompt", "is missing; set one of prompt, token_ids, chat")
-
-    async def _to_request(
-        self, request: inference_pb2.GenerateRequest, context: Context
-    ) -> Request:
-        model = self._engine.model_info
-        convert.check_model(request.model, model)
-        sampling = convert.sampling_params(request.sampling, model)
-        resumed = convert.token_ids("resume_token_ids", request.resume_token_ids, model)
-        if resumed and sampling.n > 1:
-            raise InvalidRequestError("resume_token_ids", "can only be given with sampling.n = 1")
-        if len(resumed) > sampling.max_tokens:
-            raise InvalidRequestError(
-                "resume_token_ids",
-                f"has {len(resumed)} tokens; sampling.max_tokens is {sampling.max_tokens}",
-            )
-        return Request(
-            request_id=convert.request_id(request.request_id),
-            prompt_token_ids=await self._input_ids(request),
-            sampling=sampling,
-            priority=convert.priority(request.priority),
-            resume_token_ids=resumed,
-            deadline_s=_deadline(context),
-        )
-
-    async def _events(self, request: Request) -> AsyncIterator[TokenEvent]:
-        """The events of a request; leaving early cancels it.
-
-        Raises:
-            CancelledError, DeadlineError, UnavailableError: it ended so.
-        """
-        started_s = time.monotonic()
-        events = self._engine.submit(request)
-        try:
-            async for event in events:
-                if event.finish_reason is not None:
-                    self._metrics.count_finished(
-                        event.finish_reason, e2e_s=time.monotonic() - started_s
-                    )
-                _raise_failure(event)
-                yield event
-        finally:
-            events.cancel()
-
     async def _generate(
         self, wire: inference_pb2.GenerateRequest, context: Context
-    ) -> AsyncIterator[Generated]:
-        """Chunks of one call. The first token travels alone; those that have gathered since travel
-        together."""
-        request = await self._to_request(wire, context)
-        sampling = request.sampling
-        progress = _Progress(
-            request=request,
-            texts=[
-                TextStream(self._tokenizer, stops=sampling.stop, resumed=request.resume_token_ids)
-                for _ in range(sampling.n)
-            ],
-            last_token_s=[None] * sampling.n,
-            ended=[False] * sampling.n,
-        )
-        events = self._engine.submit(request)
+    ) -> AsyncGenerator[Chunk, None]:
+        """Chunks of one call; the end of the call ends the request."""
+        started_s = time.monotonic()
+        request = await self._checked(self._prompts.generate_request(wire, context))
+        texts = await self._prompts.texts(request)
+        generation = Generation(request, texts, self._metrics, started_s=started_s)
+        whole = generation.resumed_at_its_end()
+        if whole is not None:
+            yield whole
+            return
+        events = self._submit(request)
+        # Not when this generator is closed: it may wait long behind a client that stopped reading.
+        context.add_done_callback(_canceller(events))  # type: ignore[arg-type]
         try:
-            while not all(progress.ended):
-                chunks = self._chunks(progress, events, await _gather(events))
-                if all(progress.ended):
-                    chunks[-1].usage.CopyFrom(progress.usage())
-                for chunk in chunks:
-                    yield chunk
+            async for chunk in generation.chunks(events):
+                yield chunk
         finally:
-            events.cancel()
+            self._count_end(generation.reason, context, started_s)
 
-    def _chunks(
-        self, progress: _Progress, events: RequestStream, batch: list[TokenEvent]
-    ) -> list[Generated]:
-        """One chunk per sequence that has news; the last one to end comes last."""
-        chunks: dict[int, Generated] = {}
-        for event in batch:
-            if progress.ended[event.index]:
-                continue  # tokens behind a stop string
-            chunk = chunks.get(event.index)
-            if chunk is None:
-                chunk = chunks[event.index] = Generated(
-                    request_id=event.request_id, index=event.index, token_offset=event.token_offset
-                )
-            self._add(progress, events, event, chunk)
-        return sorted(chunks.values(), key=lambda chunk: chunk.finish_reason != 0)
+    async def _admit(self, making: Awaitable[Request]) -> tuple[Request, RequestStream]:
+        request = await self._checked(making)
+        return request, self._submit(request)
 
-    def _add(
-        self, progress: _Progress, events: RequestStream, event: TokenEvent, chunk: Generated
-    ) -> None:
-        """Add one event to its sequence's chunk."""
-        text, reason = progress.texts[event.index], event.finish_reason
-        progress.cached_tokens = max(progress.cached_tokens, event.num_cached_tokens)
-        if event.token_id is not None:
-            self._time(progress, event.index)
-            progress.completion_tokens += 1
-            chunk.token_ids.append(event.token_id)
-            if progress.request.sampling.logprobs is not None:
-                chunk.logprobs.append(convert.position_logprobs(event))
-            chunk.text += text.push(event.token_id)
-        if text.found_stop and reason is None:
-            events.finish(event.index, FinishReason.STOP_SEQUENCE)
-        _raise_failure(event)
-        if reason is not None:
-            chunk.text += text.finish()
-        if text.found_stop:
-            reason = FinishReason.STOP_SEQUENCE
-        if reason is not None:
-            progress.ended[event.index] = True
-            chunk.finish_reason = convert.FINISH_REASONS[reason]
-            self._metrics.count_finished(reason, e2e_s=time.monotonic() - progress.started_s)
+    async def _checked(self, making: Awaitable[Request]) -> Request:
+        try:
+            return await making
+        except TightfitError as error:
+            self._metrics.count_refused(error.status)
+            raise
 
-    def _time(self, progress: _Progress, index: int) -> None:
-        now_s = time.monotonic()
-        before = progress.last_token_s[index]
-        if before is None:
-            self._metrics.observe_first_token(now_s - progress.started_s)
-        else:
-            self._metrics.observe_inter_token(now_s - before)
-        progress.last_token_s[index] = now_s
+    def _submit(self, request: Request) -> RequestStream:
+        try:
+            return self._engine.submit(request)
+        except TightfitError as error:
+            self._metrics.count_refused(error.status)
+            raise
+
+    def _count_end(self, reason: FinishReason | None, context: Context, started_s: float) -> None:
+        """A request has ended; without a reason, because its caller went away."""
+        reason = reason or _left_because(context)
+        self._metrics.count_finished(reason, e2e_s=time.monotonic() - started_s)
 
 
-async def _gather(events: RequestStream) -> list[TokenEvent]:
-    """The next event and all that wait behind it."""
-    batch = [await anext(events)]
-    while events.has_waiting:
-        batch.append(await anext(events))
-    return batch
+def _canceller(events: RequestStream) -> Callable[[Context], None]:
+    """Ends a request when its call is over, if it has not ended by itself."""
+
+    def cancel(ctx: Context) -> None:
+        events.cancel(_left_because(ctx))
+
+    return cancel
 
 
-def _deadline(context: Context) -> float | None:
-    """The call's deadline on the scheduler's clock; None: it has none."""
+def _left_because(context: Context) -> FinishReason:
+    """Why a call ended before its request."""
     left_s = context.time_remaining()
-    return None if left_s is None else time.monotonic() + left_s
+    is_late = left_s is not None and left_s <= 0
+    return FinishReason.DEADLINE if is_late else FinishReason.CANCELLED

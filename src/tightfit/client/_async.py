@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, Self, Unpack
 
 import grpc
@@ -23,10 +23,21 @@ class AsyncClient:
     Args:
         target: host:port.
         timeout_s: deadline of every call, in seconds; the service stops working on it then.
+        credentials: for TLS; None: what travels can be read and changed on its way.
     """
 
-    def __init__(self, target: str, *, timeout_s: float | None = None) -> None:
-        self._channel = grpc.aio.insecure_channel(target, options=_convert.OPTIONS)
+    def __init__(
+        self,
+        target: str,
+        *,
+        timeout_s: float | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        self._channel = (
+            grpc.aio.insecure_channel(target, options=_convert.OPTIONS)
+            if credentials is None
+            else grpc.aio.secure_channel(target, credentials, options=_convert.OPTIONS)
+        )
         self._timeout_s = timeout_s
         self._inference: Any = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._cluster: Any = cluster_pb2_grpc.ClusterServiceStub(self._channel)
@@ -65,10 +76,21 @@ class AsyncClient:
         return _convert.generations(await self._call(self._inference.Generate, request))
 
     async def generate(
-        self, prompt: Prompt, *, model: str = "", **sampling: Unpack[SamplingOptions]
+        self,
+        prompt: Prompt,
+        *,
+        model: str = "",
+        request_id: str = "",
+        priority: int = 0,
+        resume_token_ids: Sequence[int] = (),
+        **sampling: Unpack[SamplingOptions],
     ) -> Generation:
-        """The first sequence."""
-        return (await self.generate_n(prompt, model=model, **sampling))[0]
+        """The first (with n = 1: the only) sequence; see `Client.generate_n`."""
+        sequences = await self.generate_n(
+            prompt, model=model, request_id=request_id, priority=priority,
+            resume_token_ids=resume_token_ids, **sampling,
+        )  # fmt: skip
+        return sequences[0]
 
     async def stream(
         self,
@@ -79,8 +101,11 @@ class AsyncClient:
         priority: int = 0,
         resume_token_ids: Sequence[int] = (),
         **sampling: Unpack[SamplingOptions],
-    ) -> AsyncIterator[Chunk]:
-        """Chunks as they come; closing the iterator cancels the request."""
+    ) -> AsyncGenerator[Chunk, None]:
+        """Chunks as they come; closing the generator cancels the request.
+
+        A loop that is left early does not close it: use `contextlib.aclosing` around it.
+        """
         request = _convert.generate_request(
             prompt, sampling, model=model, request_id=request_id, priority=priority,
             resume_token_ids=resume_token_ids,
@@ -94,9 +119,18 @@ class AsyncClient:
         finally:
             call.cancel()
 
-    async def score(self, prompt: str | Sequence[int], *, model: str = "") -> Scores:
+    async def score(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        model: str = "",
+        request_id: str = "",
+        priority: int = 0,
+    ) -> Scores:
         """Log-probability of every token of a text but the first."""
-        request = _convert.score_request(prompt, model=model)
+        request = _convert.score_request(
+            prompt, model=model, request_id=request_id, priority=priority
+        )
         return _convert.scores(await self._call(self._inference.Score, request))
 
     async def tokenize(self, prompt: str | Sequence[Any], *, model: str = "") -> tuple[int, ...]:
@@ -121,3 +155,10 @@ class AsyncClient:
             self._cluster.GetStatus, cluster_pb2.GetStatusRequest()
         )
         return status
+
+    async def drain(self) -> int:
+        """Have the service take no new requests and end after the running ones; how many those
+        are."""
+        answer = await self._call(self._cluster.Drain, cluster_pb2.DrainRequest())
+        count: int = answer.unfinished_requests
+        return count

@@ -57,9 +57,13 @@ def generate_request(
     )
 
 
-def score_request(prompt: str | Sequence[int], *, model: str) -> inference_pb2.ScoreRequest:
+def score_request(
+    prompt: str | Sequence[int], *, model: str, request_id: str, priority: int
+) -> inference_pb2.ScoreRequest:
     """A request of the service."""
-    return inference_pb2.ScoreRequest(model=model, **_input(prompt))
+    return inference_pb2.ScoreRequest(
+        request_id=request_id, model=model, priority=priority, **_input(prompt)
+    )
 
 
 def tokenize_request(prompt: Prompt, *, model: str) -> inference_pb2.TokenizeRequest:
@@ -145,7 +149,7 @@ def rpc_error(error: Any) -> TightfitRpcError:
     """What a failed call says (`grpc.RpcError` of either kind)."""
     retry_after_s = None
     for key, value in error.trailing_metadata() or ():
-        if key == "retry-after-ms":
+        if key == "retry-after-ms" and str(value).isdecimal():
             retry_after_s = int(value) / 1000
     code = error.code() or grpc.StatusCode.UNKNOWN
     return TightfitRpcError(code, error.details() or "", retry_after_s)

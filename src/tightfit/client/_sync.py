@@ -25,10 +25,21 @@ class Client:
     Args:
         target: host:port.
         timeout_s: deadline of every call, in seconds; the service stops working on it then.
+        credentials: for TLS; None: what travels can be read and changed on its way.
     """
 
-    def __init__(self, target: str, *, timeout_s: float | None = None) -> None:
-        self._channel = grpc.insecure_channel(target, options=_convert.OPTIONS)
+    def __init__(
+        self,
+        target: str,
+        *,
+        timeout_s: float | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        self._channel = (
+            grpc.insecure_channel(target, options=_convert.OPTIONS)
+            if credentials is None
+            else grpc.secure_channel(target, credentials, options=_convert.OPTIONS)
+        )
         self._timeout_s = timeout_s
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._cluster = cluster_pb2_grpc.ClusterServiceStub(self._channel)
@@ -79,6 +90,12 @@ class Client:
 
         Args:
             prompt: text, token ids, or a conversation.
+            model: name of the model wanted; empty: the one served.
+            request_id: name for the request in logs; empty: the service makes one.
+            priority: higher runs first; in [-100, 100].
+            resume_token_ids: output tokens that an interrupted call gave; the answer continues
+                after them.
+            sampling: see `SamplingOptions`.
         """
         request = _convert.generate_request(
             prompt, sampling, model=model, request_id=request_id, priority=priority,
@@ -96,7 +113,7 @@ class Client:
         resume_token_ids: Sequence[int] = (),
         **sampling: Unpack[SamplingOptions],
     ) -> Iterator[Chunk]:
-        """Chunks as they come; leaving the loop early cancels the request."""
+        """Chunks as they come; see `generate_n`. Leaving the loop early cancels the request."""
         request = _convert.generate_request(
             prompt, sampling, model=model, request_id=request_id, priority=priority,
             resume_token_ids=resume_token_ids,
@@ -110,9 +127,18 @@ class Client:
         finally:
             call.cancel()
 
-    def score(self, prompt: str | Sequence[int], *, model: str = "") -> Scores:
+    def score(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        model: str = "",
+        request_id: str = "",
+        priority: int = 0,
+    ) -> Scores:
         """Log-probability of every token of a text but the first."""
-        request = _convert.score_request(prompt, model=model)
+        request = _convert.score_request(
+            prompt, model=model, request_id=request_id, priority=priority
+        )
         return _convert.scores(self._call(self._inference.Score, request))
 
     def tokenize(self, prompt: str | Sequence[Any], *, model: str = "") -> tuple[int, ...]:
