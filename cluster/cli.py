@@ -135,7 +135,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="?",
         default=argparse.SUPPRESS,
         metavar="MODEL",
-        help="checkpoint directory or GGUF file; default: serve.model of the configuration file",
+        help="checkpoint directory, GGUF file or hub name (org/name); default: serve.model of the "
+        "configuration file",
     )
     _add_config(serve, ServeConfig)
     serve.add_argument(

@@ -39,7 +39,7 @@ def split_address(text: str) -> tuple[str, int]:
 class ServeConfig:
     """Everything that `tightfit serve` can be told."""
 
-    model: Annotated[str, Option("Checkpoint directory, or one GGUF file.")]
+    model: Annotated[str, Option("Checkpoint directory, GGUF file, or hub name (org/name).")]
     served_model_name: Annotated[
         str | None,
         Option("Name that requests may carry; default: the last part of the model's path."),
@@ -131,6 +131,8 @@ class ServeConfig:
         """Name under which the model is served."""
         path = Path(self.model)
         name = path.name.removesuffix(".gguf") or path.resolve().name
+        if not path.exists():
+            name = name.partition("@")[0].removesuffix(".gguf")  # a hub name's revision
         return self.served_model_name or name
 
 

@@ -1,0 +1,151 @@
+"""Checkpoints by hub name: `org/name`, `org/name@revision`, or `org/name/file.gguf`.
+
+Downloads only what is loaded: the config, the tokenizer, and one kind of weights. The files lie in
+the hub library's own cache, which other programs share (`HF_HOME`, `HF_ENDPOINT`, `HF_TOKEN` and
+`HF_HUB_OFFLINE` mean what they mean there).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from tightfit.cluster.errors import ConfigError
+
+NAME: Final = re.compile(
+    r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(/(?P<file>[\w./-]+\.gguf))?(@(?P<revision>[\w./-]+))?",
+    re.ASCII,
+)
+SMALL_FILES: Final = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+WEIGHTS: Final = (
+    ("model", ".safetensors"),
+    ("pytorch_model", ".bin"),
+)
+"""Kinds of weights as (stem, suffix), best first, as `workers.checkpoint` prefers them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubName:
+    """A model on a hub."""
+
+    repo: str
+    """org/name."""
+    file: str | None = None
+    """One GGUF file of the repository; None for its checkpoint."""
+    revision: str | None = None
+    """Branch, tag or commit; None for the main branch."""
+
+    def __str__(self) -> str:
+        file = f"/{self.file}" if self.file else ""
+        return f"{self.repo}{file}" + (f"@{self.revision}" if self.revision else "")
+
+
+def parse_hub_name(text: str) -> HubName | None:
+    """The model that `text` names; None when it cannot be a hub name."""
+    match = NAME.fullmatch(text)
+    if match is None or ".." in text:
+        return None
+    return HubName(repo=match["repo"], file=match["file"], revision=match["revision"])
+
+
+def choose_files(names: Sequence[str], file: str | None = None) -> list[str]:
+    """Files of a repository to download: small ones at its top, and one kind of weights.
+
+    Args:
+        names: all files, as paths in the repository.
+        file: the GGUF file that was asked for, or None for the best kind of weights.
+    Raises:
+        ValueError: there are no weights that can be loaded, or several GGUF files and none named.
+    """
+    top = [name for name in names if "/" not in name]
+    small = [name for name in top if name.endswith(SMALL_FILES) and ".index." not in name]
+    if file is not None:
+        if file not in names:
+            raise ValueError(f"has no file {file}; it has: {_listed(_ggufs(names))}")
+        return [*small, file]
+    for stem, suffix in WEIGHTS:
+        shard = re.compile(rf"{stem}(-\d+-of-\d+)?{re.escape(suffix)}(\.index\.json)?")
+        if weights := [name for name in top if shard.fullmatch(name)]:
+            return [*small, *weights]
+    ggufs = _ggufs(names)
+    if len(ggufs) == 1:
+        return [*small, *ggufs]
+    if ggufs:
+        raise ValueError(
+            f"holds several GGUF files; name one, as in org/name/{ggufs[0]}: {_listed(ggufs)}"
+        )
+    raise ValueError("holds no weights: no model*.safetensors, pytorch_model*.bin or .gguf file")
+
+
+def download(name: HubName) -> Path:
+    """The checkpoint directory or GGUF file, downloaded unless it is in the cache already.
+
+    Without a connection, what an earlier download left in the cache is used.
+
+    Raises:
+        ConfigError: the hub has no such model, refuses it, cannot be reached, or has no weights
+            that can be loaded.
+    """
+    # Imported here: it takes a while, and most models are given by path.
+    from httpx2 import TransportError
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import errors as hub
+
+    try:
+        info = HfApi().model_info(name.repo, revision=name.revision)
+        files = _choose(name, [sibling.rfilename for sibling in info.siblings or ()])
+        directory = snapshot_download(name.repo, revision=name.revision, allow_patterns=files)
+    except hub.GatedRepoError as error:
+        raise ConfigError(
+            f"{name}: the hub gives this model only to those who accepted its terms. Accept them "
+            "on the model's page, and set HF_TOKEN to a token of that account"
+        ) from error
+    except hub.RevisionNotFoundError as error:
+        raise ConfigError(f"{name}: {name.repo} has no revision {name.revision}") from error
+    except hub.RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"{name}: there is no such file or directory here, and no such model on the hub, or "
+            "it is private: then set HF_TOKEN"
+        ) from error
+    except (OSError, TransportError) as error:
+        directory = _cached(name, error)
+    path = Path(directory)
+    return path / name.file if name.file else path
+
+
+def _choose(name: HubName, names: Sequence[str]) -> list[str]:
+    try:
+        return choose_files(names, name.file)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {name.repo} {error}") from error
+
+
+def _cached(name: HubName, why: Exception) -> str:
+    """The directory of an earlier download; opening the checkpoint tells what it lacks."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(
+            name.repo,
+            revision=name.revision,
+            local_files_only=True,
+            # What must be there: without this, the whole repository, of which we leave most.
+            allow_patterns=[name.file or "config.json"],
+        )
+    except OSError as error:
+        reason = " ".join(str(why).split()) or type(why).__name__
+        raise ConfigError(
+            f"{name}: there is no such file or directory here, the hub cannot be asked ({reason}), "
+            "and no earlier download is in its cache"
+        ) from error
+
+
+def _ggufs(names: Sequence[str]) -> list[str]:
+    return sorted(name for name in names if name.endswith(".gguf"))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"
