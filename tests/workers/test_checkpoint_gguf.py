@@ -319,6 +319,19 @@ def test_a_truncated_file_names_the_tensor_that_is_cut(tmp_path):
         open_checkpoint(path)
 
 
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.Q4_1])
+def test_a_tensor_without_elements_is_refused_by_name(tmp_path, kind):
+    path = Model(tmp_path / "m.gguf", kind=kind).finish()
+    content = bytearray(path.read_bytes())
+    name = b"blk.0.attn_q.weight"
+    rows = content.index(name) + len(name) + 4 + 8  # after the number of dimensions, and the first
+    assert content[rows] == HEADS * HEAD_DIM
+    content[rows] = 0
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"tensor blk\.0\.attn_q\.weight.*no data.*damaged"):
+        open_checkpoint(path)
+
+
 def test_big_endian_and_other_versions_are_refused(tmp_path):
     path = Model(tmp_path / "m.gguf").finish()
     for version in (b"\0\0\0\3", b"\1\0\0\0", b"\4\0\0\0"):

@@ -176,7 +176,7 @@ class GGUFCheckpoint:
         width = info.shape[-1]
         out = torch.empty(info.shape)
         flat = out.view(-1, width)
-        row_bytes = info.nbytes // max(1, flat.shape[0])
+        row_bytes = info.nbytes // flat.shape[0]
         step = max(1, WIDEN_ELEMENTS // width)
         for first in range(0, flat.shape[0], step):
             rows = min(step, flat.shape[0] - first)

@@ -128,6 +128,8 @@ def _tensor_entry(reader: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     if num_dims > MAX_DIMS:
         raise CheckpointError(reader.file.path, name, f"has {num_dims} dimensions; {REMEDY}")
     shape = tuple(reversed([reader.scalar(UINT64) for _ in range(num_dims)]))
+    if 0 in shape:
+        raise CheckpointError(reader.file.path, name, f"has shape {list(shape)}: no data; {REMEDY}")
     return name, shape, reader.scalar(UINT32), reader.scalar(UINT64)
 
 
