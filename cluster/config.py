@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from tightfit.cluster.hub import parse_hub_name
 from tightfit.cluster.settings import Option, Values, build, read_file
 from tightfit.kernels.formats import SUPPORTED_FORMATS
 
@@ -129,11 +130,12 @@ class ServeConfig:
     @property
     def model_name(self) -> str:
         """Name under which the model is served."""
+        if self.served_model_name:
+            return self.served_model_name
         path = Path(self.model)
-        name = path.name.removesuffix(".gguf") or path.resolve().name
-        if not path.exists():
-            name = name.partition("@")[0].removesuffix(".gguf")  # a hub name's revision
-        return self.served_model_name or name
+        if not path.exists() and (hub_name := parse_hub_name(self.model)):
+            return hub_name.served_name
+        return path.name.removesuffix(".gguf") or path.resolve().name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,13 +7,16 @@ the hub library's own cache, which other programs share (`HF_HOME`, `HF_ENDPOINT
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 from tightfit.cluster.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 NAME: Final = re.compile(
     r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(/(?P<file>[\w./-]+\.gguf))?(@(?P<revision>[\w./-]+))?",
@@ -38,6 +41,11 @@ class HubName:
     revision: str | None = None
     """Branch, tag or commit; None for the main branch."""
 
+    @property
+    def served_name(self) -> str:
+        """Last part of the file's or repository's name, as for a path."""
+        return PurePosixPath(self.file or self.repo).name.removesuffix(".gguf")
+
     def __str__(self) -> str:
         file = f"/{self.file}" if self.file else ""
         return f"{self.repo}{file}" + (f"@{self.revision}" if self.revision else "")
@@ -58,7 +66,7 @@ def choose_files(names: Sequence[str], file: str | None = None) -> list[str]:
         names: all files, as paths in the repository.
         file: the GGUF file that was asked for, or None for the best kind of weights.
     Raises:
-        ValueError: there are no weights that can be loaded, or several GGUF files and none named.
+        ValueError: there are no weights that can be loaded, or a GGUF file has to be named.
     """
     top = [name for name in names if "/" not in name]
     small = [name for name in top if name.endswith(SMALL_FILES) and ".index." not in name]
@@ -71,11 +79,12 @@ def choose_files(names: Sequence[str], file: str | None = None) -> list[str]:
         if weights := [name for name in top if shard.fullmatch(name)]:
             return [*small, *weights]
     ggufs = _ggufs(names)
-    if len(ggufs) == 1:
+    if len(ggufs) == 1 and ggufs[0] in top:
         return [*small, *ggufs]
     if ggufs:
         raise ValueError(
-            f"holds several GGUF files; name one, as in org/name/{ggufs[0]}: {_listed(ggufs)}"
+            f"holds GGUF files of which one has to be named, as in org/name/{ggufs[0]}: "
+            f"{_listed(ggufs)}"
         )
     raise ValueError("holds no weights: no model*.safetensors, pytorch_model*.bin or .gguf file")
 
@@ -83,37 +92,53 @@ def choose_files(names: Sequence[str], file: str | None = None) -> list[str]:
 def download(name: HubName) -> Path:
     """The checkpoint directory or GGUF file, downloaded unless it is in the cache already.
 
-    Without a connection, what an earlier download left in the cache is used.
+    When the hub cannot be asked, what an earlier download left in the cache is used.
 
     Raises:
-        ConfigError: the hub has no such model, refuses it, cannot be reached, or has no weights
-            that can be loaded.
+        ConfigError: the hub has no such model, refuses it, or has no weights that can be loaded;
+            it cannot be asked, and nothing is cached; or the download broke off.
     """
     # Imported here: it takes a while, and most models are given by path.
     from httpx2 import TransportError
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub import errors as hub
 
     try:
         info = HfApi().model_info(name.repo, revision=name.revision)
-        files = _choose(name, [sibling.rfilename for sibling in info.siblings or ()])
-        directory = snapshot_download(name.repo, revision=name.revision, allow_patterns=files)
-    except hub.GatedRepoError as error:
-        raise ConfigError(
-            f"{name}: the hub gives this model only to those who accepted its terms. Accept them "
-            "on the model's page, and set HF_TOKEN to a token of that account"
-        ) from error
-    except hub.RevisionNotFoundError as error:
-        raise ConfigError(f"{name}: {name.repo} has no revision {name.revision}") from error
-    except hub.RepositoryNotFoundError as error:
-        raise ConfigError(
-            f"{name}: there is no such file or directory here, and no such model on the hub, or "
-            "it is private: then set HF_TOKEN"
-        ) from error
     except (OSError, TransportError) as error:
+        if refusal := _refusal(name, error):
+            raise refusal from error
         directory = _cached(name, error)
+    else:
+        files = _choose(name, [sibling.rfilename for sibling in info.siblings or ()])
+        try:
+            directory = snapshot_download(name.repo, revision=name.revision, allow_patterns=files)
+        except (OSError, TransportError) as error:
+            broken_off = ConfigError(
+                f"{name}: the download broke off ({_reason(error)}); started again, it goes on "
+                "with what is missing"
+            )
+            raise _refusal(name, error) or broken_off from error
     path = Path(directory)
     return path / name.file if name.file else path
+
+
+def _refusal(name: HubName, error: Exception) -> ConfigError | None:
+    """What the hub's answer means; None when it is not an answer about this model."""
+    from huggingface_hub import errors as hub
+
+    if isinstance(error, hub.GatedRepoError):
+        return ConfigError(
+            f"{name}: the hub gives this model only to those who accepted its terms. Accept them "
+            "on the model's page, and set HF_TOKEN to a token of that account"
+        )
+    if isinstance(error, hub.RevisionNotFoundError):
+        return ConfigError(f"{name}: {name.repo} has no revision {name.revision}")
+    if isinstance(error, hub.RepositoryNotFoundError):
+        return ConfigError(
+            f"{name}: there is no such file or directory here, and no such model on the hub, or "
+            "it is private: then set HF_TOKEN"
+        )
+    return None
 
 
 def _choose(name: HubName, names: Sequence[str]) -> list[str]:
@@ -128,7 +153,7 @@ def _cached(name: HubName, why: Exception) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(
+        directory = snapshot_download(
             name.repo,
             revision=name.revision,
             local_files_only=True,
@@ -136,11 +161,16 @@ def _cached(name: HubName, why: Exception) -> str:
             allow_patterns=[name.file or "config.json"],
         )
     except OSError as error:
-        reason = " ".join(str(why).split()) or type(why).__name__
         raise ConfigError(
-            f"{name}: there is no such file or directory here, the hub cannot be asked ({reason}), "
-            "and no earlier download is in its cache"
+            f"{name}: there is no such file or directory here, the hub cannot be asked "
+            f"({_reason(why)}), and no earlier download is in its cache"
         ) from error
+    log.warning("%s: the hub cannot be asked (%s); using the cache", name, _reason(why))
+    return directory
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _ggufs(names: Sequence[str]) -> list[str]:

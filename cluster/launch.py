@@ -366,7 +366,7 @@ def resolve_model(model: str) -> Path:
     """
     path = Path(model).expanduser()
     if path.exists():
-        return path.resolve()
+        return path.absolute()  # not resolved: caches link to files whose names say nothing
     if name := parse_hub_name(model):
         return download(name)
     raise ConfigError(

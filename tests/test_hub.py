@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tightfit.cluster.config import ServeConfig
 from tightfit.cluster.hub import HubName, choose_files, parse_hub_name
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -74,11 +75,30 @@ def test_bin_shards_are_second_and_a_single_gguf_third():
 
 def test_several_ggufs_are_listed_and_one_can_be_named():
     names = ["a.gguf", "b.gguf"]
-    with pytest.raises(ValueError, match=r"name one, .*a\.gguf, b\.gguf"):
+    with pytest.raises(ValueError, match=r"to be named, .*: a\.gguf, b\.gguf"):
         choose_files(names)
     assert choose_files(names, "b.gguf") == ["b.gguf"]
     with pytest.raises(ValueError, match=r"no file c\.gguf; it has: a\.gguf, b\.gguf"):
         choose_files(names, "c.gguf")
+
+
+def test_a_gguf_in_a_folder_has_to_be_named():
+    names = ["config.json", "q4/m.gguf"]
+    with pytest.raises(ValueError, match=r"to be named, as in org/name/q4/m\.gguf"):
+        choose_files(names)
+    assert choose_files(names, "q4/m.gguf") == names
+
+
+@pytest.mark.parametrize(
+    ("model", "served"),
+    [
+        ("org/name@refs/pr/2", "name"),
+        ("org/name-1.5", "name-1.5"),
+        ("org/name/q4/m.Q4_1.gguf@main", "m.Q4_1"),
+    ],
+)
+def test_a_model_is_served_under_the_last_part_of_its_hub_name(model, served):
+    assert ServeConfig(model=model).model_name == served
 
 
 def test_a_repository_without_weights_is_refused():
@@ -135,6 +155,8 @@ class _Answer(http.server.BaseHTTPRequestHandler):
                 ).encode()  # fmt: skip
             return self.send(body, "application/json", with_body=with_body)
         name = "/".join(parts[4:])
+        if repo == "org/broken" and with_body and name == "model.safetensors":
+            return self.refuse(503, "Overloaded")
         if with_body:
             self.server.fetched.append(name)
         return self.send(files[name], "application/octet-stream", with_body=with_body)
@@ -168,7 +190,14 @@ def hub():
         "pytorch_model.bin": b"the same again",
         "README.md": b"# Words",
     }
-    server = Hub({"org/small": files, "org/empty": {"config.json": b"{}"}, "org/gated": files})
+    server = Hub(
+        {
+            "org/small": files,
+            "org/empty": {"config.json": b"{}"},
+            "org/gated": files,
+            "org/broken": files,
+        }
+    )
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -212,6 +241,7 @@ def test_a_model_is_downloaded_once_and_then_served_from_the_cache_without_a_hub
         ("org/gated", "HF_TOKEN"),
         ("org/small@v9", "org/small has no revision v9"),
         ("org/empty", "holds no weights"),
+        ("org/broken", "the download broke off (Server error '503"),
         ("org/small/x.gguf", "has no file x.gguf"),
     ],
 )
@@ -221,6 +251,13 @@ def test_what_the_hub_does_not_give_is_explained(hub, tmp_path, model, says):
     assert says in done.stderr
     assert model in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_gguf_file_that_is_a_link_into_a_cache_keeps_its_name(tmp_path):
+    (tmp_path / "blob").write_bytes(b"")
+    (tmp_path / "m.gguf").symlink_to("blob")
+    done = resolve("m.gguf", tmp_path, "http://127.0.0.1:1")
+    assert done.stdout.strip() == str(tmp_path / "m.gguf")
 
 
 def test_without_hub_and_cache_both_are_named(tmp_path):
