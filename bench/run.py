@@ -122,7 +122,8 @@ client and the gateway run on the same cores.
 
 `bench/first_token.py`: a prompt of {harness.PROMPT_TOKENS} tokens over gRPC, beside the bare
 forward and sampling in one process; int8, one stage, {harness.THREADS} threads each, medians of
-{figures["first_token"]["pairs"]} pairs. Both gave the same tokens.
+{figures["first_token"]["pairs"]} pairs;
+different tokens in {figures["first_token"]["tokens_differ"]}.
 
 {first_token_table(figures["first_token"])}
 """
