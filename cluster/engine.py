@@ -101,12 +101,15 @@ class RequestStream:
         return event
 
     def cancel(self, reason: FinishReason = FinishReason.CANCELLED) -> None:
-        """End every sequence of the request; its KV blocks are free when this returns."""
-        self._engine.cancel(self._request.request_id, reason)
+        """End every sequence of the request; its KV blocks are free when this returns.
+
+        Does nothing when the request has ended, even if its id is another's by now.
+        """
+        self._engine.cancel(self, reason)
 
     def finish(self, index: int, reason: FinishReason) -> None:
         """End one of the request's sequences, as when a stop string was found."""
-        self._engine.finish(self._request.request_id, index, reason)
+        self._engine.finish(self, index, reason)
 
 
 News = tuple[RequestStream, TokenEvent]
@@ -197,18 +200,27 @@ class Engine:
 
     # -- from any thread ---------------------------------------------------------------------
 
-    def cancel(self, request_id: str, reason: FinishReason) -> None:
+    def cancel(self, stream: RequestStream, reason: FinishReason) -> None:
         """End a request; does nothing when it has ended."""
         with self._lock:
-            news = self._addressed(self._scheduler.cancel(request_id, reason))
+            if not self._is_current(stream):
+                return
+            news = self._addressed(self._scheduler.cancel(stream.request_id, reason))
         self._deliver(news)
         self._pipeline.wake()  # what waited for the freed blocks can run now
 
-    def finish(self, request_id: str, index: int, reason: FinishReason) -> None:
+    def finish(self, stream: RequestStream, index: int, reason: FinishReason) -> None:
         """End one sequence of a request; does nothing when it has ended."""
         with self._lock:
-            news = self._addressed(self._scheduler.finish(request_id, index, reason))
+            if not self._is_current(stream):
+                return
+            news = self._addressed(self._scheduler.finish(stream.request_id, index, reason))
         self._deliver(news)
+
+    def _is_current(self, stream: RequestStream) -> bool:
+        """The id still means this stream: a client may reuse it once its request has ended, and
+        the end of the first call can be noticed after the second has begun."""
+        return self._streams.get(stream.request_id) is stream
 
     def drain(self) -> None:
         """Take no new requests; running ones go on."""

@@ -96,6 +96,24 @@ async def test_tokens_on_their_way_to_a_cancelled_request_do_not_reach_the_next_
     assert tokens == {0: expected([7], 8)}
 
 
+@in_loop
+async def test_ending_a_request_that_has_ended_does_not_end_the_next_of_its_name():
+    """A client reuses an id as soon as its call is done, and the end of the first call may be
+    noticed only after the second has begun."""
+    async with running_engine() as (engine, gateway):
+        first = engine.submit(request("again", [5], n=2, ignore_eos=True))
+        await read(first)
+        assert await until(lambda: engine.num_unfinished == 0)
+        gateway.chain.paused = True
+        second = engine.submit(request("again", [6], ignore_eos=True))
+        first.cancel()
+        first.finish(0, FinishReason.STOP_SEQUENCE)
+        gateway.chain.resume()
+        tokens, reasons = await read(second)
+        assert reasons == {0: FinishReason.LENGTH}
+        assert tokens == {0: expected([6], 8)}
+
+
 class WhileItFails:
     """A request at the sight of which the engine fails: in the middle of `submit`."""
 
