@@ -17,6 +17,7 @@ from typing import Annotated, Any
 from tightfit.cluster.hub import parse_hub_name
 from tightfit.cluster.settings import Option, Values, build, read_file
 from tightfit.kernels.formats import SUPPORTED_FORMATS
+from tightfit.workers.model_formats import AUTO
 
 DEFAULT_LISTEN = "127.0.0.1:50051"
 PLACEMENT_STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
@@ -49,6 +50,13 @@ class ServeConfig:
         str,
         Option("How linear layers are stored.", choices=tuple(map(str, SUPPORTED_FORMATS))),
     ] = "int8"
+    head_format: Annotated[
+        str,
+        Option(
+            "How the LM head is stored; auto: as the layers, int8 where they have fewer bits.",
+            choices=(AUTO, *map(str, SUPPORTED_FORMATS)),
+        ),
+    ] = AUTO
     stages: Annotated[int, Option("Pipeline stages.", at_least=1)] = 1
     balance: Annotated[
         str,

@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 
 from tightfit.cluster.config import ServeConfig, split_address
 from tightfit.cluster.engine import Engine, ModelInfo
+from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.gateway.server import GatewayServer
 from tightfit.cluster.launch import (
     ModelDescription,
@@ -33,8 +34,8 @@ from tightfit.cluster.planning.memory import plan_stages
 from tightfit.cluster.progress import LoadView
 from tightfit.cluster.scheduling.batching import Scheduler, SchedulerConfig
 from tightfit.cluster.tokenizer import Tokenizer, load_tokenizer
-from tightfit.kernels.formats import Format
 from tightfit.workers.api import StageSpec, StageStatus
+from tightfit.workers.model_formats import model_formats
 
 log = logging.getLogger(__name__)
 
@@ -57,11 +58,16 @@ def stage_specs(config: ServeConfig, model: ModelDescription) -> list[StageSpec]
     """The stages, layers split by bytes.
 
     Raises:
+        ConfigError: formats that do not go together.
         PlacementError: more stages than layers, or a shard over its budget.
     """
+    try:
+        formats = model_formats(config.format, head=config.head_format)
+    except ValueError as error:
+        raise ConfigError(f"head_format: {error}") from error
     ranges = plan_stages(
         model.config,
-        Format(config.format),
+        formats,
         num_stages=config.stages,
         budget_bytes=config.memory_budget_bytes,
         kv_blocks=config.kv_blocks,
@@ -77,6 +83,7 @@ def stage_specs(config: ServeConfig, model: ModelDescription) -> list[StageSpec]
             first_layer=first,
             end_layer=end,
             format=config.format,
+            head_format=config.head_format,
             device=config.device,
             memory_budget_bytes=config.memory_budget_bytes,
             block_size=config.block_size,

@@ -11,12 +11,21 @@ torch's packed int8 op has no fast path for fp32 activations.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from tightfit.kernels.formats import default_group_size
+from tightfit.kernels.groups import (
+    BLOCK_ROWS,
+    GroupWeight,
+    Layout,
+    pack_blocks,
+    quantize_groups,
+)
 from tightfit.kernels.reference import OUTLIER_THRESHOLD
 from tightfit.kernels.weights import INT8_MAX, Int8Weight
 
@@ -31,6 +40,11 @@ process with a segmentation fault (torch 2.13, AVX-512)."""
 
 SCRATCH_ELEMENTS: Final = 2**21
 """Weights widened at a time for many tokens: 4 MB of bf16, in cache when it is multiplied."""
+
+INT4_GROUP_SIZES: Final = (32, 64, 128, 256)
+"""What `torch._weight_int4pack_mm_for_cpu` takes."""
+
+PROBE_COLUMNS: Final = 32
 
 TINY: Final = 1e-30
 """Row maximum below which a row counts as zeros: its scale's reciprocal stays finite in fp32."""
@@ -121,3 +135,59 @@ def bind_llm_int8(weight: Int8Weight, bias: Tensor | None) -> Kernel:
         return y.to(x.dtype)
 
     return llm_int8
+
+
+@functools.cache
+def reads_blocks() -> bool:
+    """torch's op for 4 bits reads `Layout.BLOCKS` on this CPU: it depends on the instruction set,
+    so one block is packed by torch and compared."""
+    rows = torch.arange(BLOCK_ROWS, dtype=torch.int32)[:, None]
+    integers = (rows * 7 + torch.arange(PROBE_COLUMNS, dtype=torch.int32) * 3) % 16
+    theirs = torch._convert_weight_to_int4pack_for_cpu(integers, 1)
+    return torch.equal(theirs.view(-1), pack_blocks(integers).view(-1))
+
+
+def pack_int4(weight: Tensor, group_size: int | None, device: str) -> GroupWeight:
+    """4 bits, in the layout that is fastest here; see `quantize_groups`."""
+    fits = weight.ndim == 2 and _takes_blocks(weight.shape[0], weight.shape[1], group_size)
+    layout = Layout.BLOCKS if fits else Layout.ROWS
+    return quantize_groups(weight, bits=4, group_size=group_size, layout=layout, device=device)
+
+
+def _takes_blocks(n_out: int, n_in: int, group_size: int | None) -> bool:
+    size = group_size or default_group_size(n_in)
+    return n_out % BLOCK_ROWS == 0 and size in INT4_GROUP_SIZES and reads_blocks()
+
+
+def bind_int4_packed(weight: GroupWeight, bias: Tensor | None) -> Kernel:
+    """Weight-only int4 for few tokens: the weight is read once, as it is packed.
+
+    For a weight that is not in `Layout.BLOCKS` it is `bind_dequantized`.
+    """
+    if weight.layout is not Layout.BLOCKS:
+        return bind_dequantized(weight, bias)
+    values = weight.packed.view(weight.n_out, -1)
+    scale_zero, group_size = weight.scale_zero, weight.group_size
+    packed = torch._weight_int4pack_mm_for_cpu
+
+    def int4_packed(x: Tensor) -> Tensor:
+        y = packed(x.contiguous(), values, group_size, scale_zero)
+        return y if bias is None else y.add_(bias)
+
+    return int4_packed
+
+
+def bind_dequantized(weight: GroupWeight, bias: Tensor | None) -> Kernel:
+    """Weight-only int4 or int3 for many tokens: widen some rows to bf16, multiply, go on."""
+    n_out = weight.n_out
+    step = max(BLOCK_ROWS, SCRATCH_ELEMENTS // max(1, weight.n_in) // BLOCK_ROWS * BLOCK_ROWS)
+    linear = torch.nn.functional.linear
+
+    def dequantized(x: Tensor) -> Tensor:
+        y = x.new_empty((x.shape[0], n_out))
+        for first in range(0, n_out, step):
+            end = min(n_out, first + step)
+            y[:, first:end] = linear(x, weight.dequantize(x.dtype, first, end))
+        return y if bias is None else y.add_(bias)
+
+    return dequantized

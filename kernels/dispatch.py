@@ -17,6 +17,7 @@ from tightfit.kernels import cpu
 from tightfit.kernels.cpu import Kernel
 from tightfit.kernels.crossover import MEASURE_LIMIT_S, NEVER, find_crossover
 from tightfit.kernels.formats import Format, activation_dtype
+from tightfit.kernels.groups import GroupWeight, quantize_groups
 from tightfit.kernels.weights import Int8Weight, quantize_rows
 
 __all__ = ["DTYPES", "NEVER", "OPS", "Linear", "OpPair", "measure_crossover", "quantize_linear"]
@@ -43,20 +44,25 @@ W = TypeVar("W", bound=PackedWeight)
 class OpPair(Generic[W]):
     """How one format is packed and multiplied on one type of device."""
 
-    pack: Callable[[Tensor, str], W]
-    """(weight [N, K] of any floating dtype, device name) → the packed weight, owning its memory."""
+    pack: Callable[[Tensor, int | None, str], W]
+    """(weight [N, K] of any floating dtype, group size, device name) → the packed weight, owning
+    its memory."""
     few: Callable[[W, Tensor | None], Kernel]
     """(packed weight, bias) → the op for few tokens."""
     many: Callable[[W, Tensor | None], Kernel] | None = None
     """The same for many tokens; None when `few` is always best."""
 
 
-def _pack_dense(weight: Tensor, device: str, *, dtype: torch.dtype) -> Tensor:
+def _pack_dense(weight: Tensor, _: int | None, device: str, *, dtype: torch.dtype) -> Tensor:
     return torch.empty(weight.shape, dtype=dtype, device=device).copy_(weight)
 
 
-def _pack_int8(weight: Tensor, device: str) -> Int8Weight:
+def _pack_int8(weight: Tensor, _: int | None, device: str) -> Int8Weight:
     return quantize_rows(weight, device=device)
+
+
+def _pack_int3(weight: Tensor, group_size: int | None, device: str) -> GroupWeight:
+    return quantize_groups(weight, bits=3, group_size=group_size, device=device)
 
 
 OPS: Final[dict[tuple[str, Format], OpPair[Any]]] = {
@@ -72,6 +78,10 @@ OPS: Final[dict[tuple[str, Format], OpPair[Any]]] = {
     ("cpu", Format.LLM_INT8): OpPair(
         pack=_pack_int8, few=cpu.bind_int8_packed, many=cpu.bind_llm_int8
     ),
+    ("cpu", Format.INT4): OpPair(
+        pack=cpu.pack_int4, few=cpu.bind_int4_packed, many=cpu.bind_dequantized
+    ),
+    ("cpu", Format.INT3): OpPair(pack=_pack_int3, few=cpu.bind_dequantized),
 }
 
 
@@ -96,7 +106,13 @@ class Linear:
     )
 
     def __init__(
-        self, fmt: Format, weight: Tensor, bias: Tensor | None = None, *, device: str = "cpu"
+        self,
+        fmt: Format,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        group_size: int | None = None,
+        device: str = "cpu",
     ) -> None:
         """See `quantize_linear`."""
         kind = device.partition(":")[0]
@@ -109,7 +125,7 @@ class Linear:
         self.format, self.device = fmt, device
         self.bias = None if bias is None else bias.detach().to(device, act, copy=True)
         """[N], in the dtype of the activations, or None."""
-        self.weight: PackedWeight = ops.pack(weight.detach(), device)
+        self.weight: PackedWeight = ops.pack(weight.detach(), group_size, device)
         """As the format's `OpPair.pack` made it."""
         self.nbytes = self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
         """Bytes of weight, scales and bias; equals `formats.linear_bytes`."""
@@ -138,7 +154,12 @@ def _checked_shape(weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
 
 
 def quantize_linear(
-    weight: Tensor, bias: Tensor | None, fmt: Format, *, device: str = "cpu"
+    weight: Tensor,
+    bias: Tensor | None,
+    fmt: Format,
+    *,
+    group_size: int | None = None,
+    device: str = "cpu",
 ) -> Linear:
     """Put one layer's weight into `fmt`, in one pass; the result shares no memory with `weight`.
 
@@ -146,11 +167,12 @@ def quantize_linear(
         weight: [N, K], any floating dtype.
         bias: [N] or None.
         fmt: wanted format.
+        group_size: input features that share a scale in `int4` and `int3`; None: the default.
         device: torch device name.
     Raises:
         ValueError: no such format on this device, shapes that do not fit, or non-finite weights.
     """
-    return Linear(fmt, weight, bias, device=device)
+    return Linear(fmt, weight, bias, group_size=group_size, device=device)
 
 
 def measure_crossover(linear: Linear, *alike: Linear, limit_s: float = MEASURE_LIMIT_S) -> int:

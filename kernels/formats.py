@@ -17,9 +17,23 @@ class Format(StrEnum):
     """int8 values [N, K], one bf16 scale per output channel; activations stay in bf16."""
     LLM_INT8 = "llm_int8"
     """The same weights; with many tokens activations are int8 too, outlier columns in bf16."""
+    INT4 = "int4"
+    """4 bits, asymmetric, a scale and a zero point per group of input features."""
+    INT3 = "int3"
+    """The same with 3 bits, densely packed."""
 
 
 SUPPORTED_FORMATS = tuple(Format)
+
+GROUP_SIZES = (128, 64, 32)
+"""Input features that share a scale: the first of these that divides K, else all of a channel's."""
+
+WEIGHT_BITS = {Format.INT4: 4, Format.INT3: 3}
+
+VALUES_PER_PACK = {4: 2, 3: 32}
+"""Integers of so many bits that are packed together: in one byte, in three words."""
+
+BYTES_PER_PACK = {4: 1, 3: 12}
 
 BYTES_PER_ELEMENT = {"fp32": 4, "bf16": 2}
 
@@ -29,10 +43,25 @@ def activation_dtype(fmt: Format) -> str:
     return "fp32" if fmt is Format.FP32 else "bf16"
 
 
-def linear_bytes(fmt: Format, n_out: int, n_in: int, *, bias: bool = False) -> int:
-    """Bytes of one linear layer of weight [n_out, n_in] in `fmt`, scales and bias included."""
+def default_group_size(n_in: int) -> int:
+    """Input features that share a scale, of a weight with `n_in` of them."""
+    return next((size for size in GROUP_SIZES if n_in % size == 0), n_in)
+
+
+def linear_bytes(
+    fmt: Format, n_out: int, n_in: int, *, group_size: int | None = None, bias: bool = False
+) -> int:
+    """Bytes of one linear layer of weight [n_out, n_in] in `fmt`, scales and bias included.
+
+    `group_size` counts for `int4` and `int3`; None: `default_group_size`.
+    """
     act = BYTES_PER_ELEMENT[activation_dtype(fmt)]
     total = n_out * act if bias else 0
     if fmt in (Format.FP32, Format.BF16):
         return total + n_out * n_in * act
+    if fmt in WEIGHT_BITS:
+        bits = WEIGHT_BITS[fmt]
+        row = -(-n_in // VALUES_PER_PACK[bits]) * BYTES_PER_PACK[bits]
+        num_groups = n_in // (group_size or default_group_size(n_in))
+        return total + n_out * (row + num_groups * 2 * act)
     return total + n_out * n_in + n_out * act

@@ -10,6 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from tightfit.kernels.groups import GroupWeight
 from tightfit.kernels.weights import INT8_MAX, Int8Weight
 
 OUTLIER_THRESHOLD: Final = 6.0
@@ -18,6 +19,12 @@ OUTLIER_THRESHOLD: Final = 6.0
 
 def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
     """Weight-only int8: x [T, K] times the dequantised weight, in x's dtype, [T, N]."""
+    y = x @ weight.dequantize(x.dtype).T
+    return y if bias is None else y + bias.to(x.dtype)
+
+
+def group_linear(x: Tensor, weight: GroupWeight, bias: Tensor | None = None) -> Tensor:
+    """Weight-only int4 or int3: x [T, K] times the dequantised weight, in x's dtype, [T, N]."""
     y = x @ weight.dequantize(x.dtype).T
     return y if bias is None else y + bias.to(x.dtype)
 

@@ -33,6 +33,15 @@ class Int8Weight:
         return self.values.to(dtype) * self.scale.to(dtype)[:, None]
 
 
+def check_matrix(weight: Tensor) -> None:
+    """Raise ValueError where `weight` is no floating matrix."""
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"a weight to quantise is a floating matrix [N, K], not {weight.dtype} "
+            f"{list(weight.shape)}"
+        )
+
+
 def quantize_rows(weight: Tensor, *, device: str = "cpu") -> Int8Weight:
     """Row-wise absmax, round to nearest (LLM.int8(), arXiv 2208.07339, eq. 4, per output channel).
 
@@ -45,11 +54,7 @@ def quantize_rows(weight: Tensor, *, device: str = "cpu") -> Int8Weight:
     Raises:
         ValueError: the weight is no floating matrix, or has NaN or infinite entries.
     """
-    if weight.ndim != 2 or not weight.is_floating_point():
-        raise ValueError(
-            f"a weight to quantise is a floating matrix [N, K], not {weight.dtype} "
-            f"{list(weight.shape)}"
-        )
+    check_matrix(weight)
     n_out, n_in = weight.shape
     values = torch.empty((n_out, n_in), dtype=torch.int8, device=device)
     scale = torch.empty(n_out, dtype=torch.bfloat16, device=device)

@@ -19,7 +19,7 @@ BLOCK, BLOCKS = 16, 64
 class Chain:
     """Shards of one model, called one after the other."""
 
-    def __init__(self, path: Path, num_stages, fmt="fp32"):
+    def __init__(self, path: Path, num_stages, fmt="fp32", **settings):
         checkpoint = open_checkpoint(path)
         self.config = decoder_config(checkpoint.config)
         edges = [round(i * self.config.num_layers / num_stages) for i in range(num_stages + 1)]
@@ -27,7 +27,7 @@ class Chain:
         for i in range(num_stages):
             spec = StageSpec(
                 model_path=str(path), stage_index=i, num_stages=num_stages, first_layer=edges[i],
-                end_layer=edges[i + 1], format=fmt,
+                end_layer=edges[i + 1], format=fmt, **settings,
             )  # fmt: skip
             shard = ShardModel.load(checkpoint, self.config, spec)
             shard.allocate_kv(BLOCKS)

@@ -71,7 +71,11 @@ def test_a_file_that_cannot_be_meant_is_refused_with_its_name(tmp_path, text, co
         ("stages", 2.0, "serve.stages: 2.0 is not a whole number"),
         ("stages", None, "serve.stages: None is not a whole number"),
         ("stages", 0, "serve.stages: 0 is less than 1"),
-        ("format", "int9", "serve.format: 'int9' is not one of fp32, bf16, int8, llm_int8"),
+        (
+            "format",
+            "int9",
+            "serve.format: 'int9' is not one of fp32, bf16, int8, llm_int8, int4, int3",
+        ),
         ("prefix_cache", 1, "serve.prefix_cache: 1 is not true or false"),
         ("drain_grace_s", float("nan"), "serve.drain_grace_s: nan is not finite"),
         ("memory_budget", "4 parsecs", "serve.memory_budget: '4 parsecs' is not a size"),

@@ -125,6 +125,8 @@ class StageSpec:
     """One past the last layer held."""
     format: str
     """Weight format of the linear layers: a value of `kernels.formats.Format`."""
+    head_format: str = "auto"
+    """Of the LM head: the same, or "auto": as the layers, int8 where they have fewer bits."""
     device: str = "cpu"
     """torch device name."""
     memory_budget_bytes: int | None = None

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from tightfit.kernels.dispatch import DTYPES, Linear, measure_crossover, quantize_linear
-from tightfit.kernels.formats import Format, activation_dtype
 from tightfit.workers.api import LoadProgress, MicroBatch, StageSpec
 from tightfit.workers.batch import BatchBuilder
 from tightfit.workers.checkpoint import Checkpoint
@@ -22,12 +21,18 @@ from tightfit.workers.decoder import DecoderLayer, LayerWeights, NormLayer
 from tightfit.workers.decoder_config import DecoderConfig, Position
 from tightfit.workers.errors import CheckpointError, StageError
 from tightfit.workers.kv_cache import KVCache
+from tightfit.workers.model_formats import ModelFormats, Role, model_formats
 from tightfit.workers.shard_bytes import MAX_LOGIT_ROWS, head_is_shared
 
 Progress = Callable[[LoadProgress], None]
 
 DERIVED_TENSORS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Ends of the names of buffers that older versions of transformers saved, made from the config."""
+
+
+def spec_formats(spec: StageSpec) -> ModelFormats:
+    """The formats that a stage is told to use."""
+    return model_formats(spec.format, head=spec.head_format)
 
 
 class _Reader:
@@ -72,7 +77,7 @@ class _Reader:
         for i in range(spec.first_layer, spec.end_layer):
             yield from config.layer_tensors(i)
         if spec.is_last:
-            shared = spec.is_first and head_is_shared(config, Format(spec.format))
+            shared = spec.is_first and head_is_shared(config, spec_formats(spec))
             embedding = f"{config.names.embedding}.weight"
             for name, shape in config.head_tensors():
                 if not (shared and name == embedding):
@@ -133,8 +138,8 @@ class ShardModel:
 
     def __init__(self, config: DecoderConfig, spec: StageSpec) -> None:
         self.config, self.spec = config, spec
-        self.format = Format(spec.format)
-        self.dtype = DTYPES[activation_dtype(self.format)]
+        self.formats = spec_formats(spec)
+        self.dtype = DTYPES[self.formats.activations]
         self.layers: list[DecoderLayer] = []
         self.crossover_tokens: dict[str, int] = {}
         self._embedding: Tensor | None = None
@@ -184,14 +189,22 @@ class ShardModel:
             shard._set_crossovers()
         return shard
 
-    def _linear(self, reader: _Reader, names: tuple[str, ...], bias: bool) -> Linear:
+    def _linear(
+        self, reader: _Reader, role: Role, names: tuple[str, ...], *, bias: bool = False
+    ) -> Linear:
         """One linear layer out of one or several stacked ones, quantised."""
+        weight = reader.stack([f"{name}.weight" for name in names])
+        biases = reader.stack([f"{name}.bias" for name in names]) if bias else None
+        return self._quantized(role, names[0], weight, biases)
+
+    def _quantized(self, role: Role, name: str, weight: Tensor, bias: Tensor | None) -> Linear:
+        scheme = self.formats.scheme(role)
         try:
-            weight = reader.stack([f"{name}.weight" for name in names])
-            biases = reader.stack([f"{name}.bias" for name in names]) if bias else None
-            return quantize_linear(weight, biases, self.format, device=self.spec.device)
+            return quantize_linear(
+                weight, bias, scheme.format, group_size=scheme.group_size, device=self.spec.device
+            )
         except ValueError as error:
-            raise CheckpointError(self.spec.model_path, names[0], str(error)) from error
+            raise CheckpointError(self.spec.model_path, name, str(error)) from error
 
     def _norm(self, reader: _Reader, name: str) -> NormLayer:
         tensors = {
@@ -206,16 +219,23 @@ class ShardModel:
         if config.fused_qkv_by_head:
             qkv = self._fused_by_head(reader, qkv_names[0])
         else:
-            qkv = self._linear(reader, qkv_names, config.qkv_bias)
+            qkv = self._linear(reader, Role.QKV, qkv_names, bias=config.qkv_bias)
         return LayerWeights(
             attn_norm=self._norm(reader, n.attn_norm.format(i=i)),
             qkv=qkv,
-            attn_out=self._linear(reader, (n.attn_out.format(i=i),), config.attn_out_bias),
+            attn_out=self._linear(
+                reader, Role.ATTN_OUT, (n.attn_out.format(i=i),), bias=config.attn_out_bias
+            ),
             mlp_norm=self._norm(reader, n.mlp_norm.format(i=i)),
             mlp_up=self._linear(
-                reader, tuple(name.format(i=i) for name in n.mlp_up), config.mlp_bias
+                reader,
+                Role.MLP_UP,
+                tuple(name.format(i=i) for name in n.mlp_up),
+                bias=config.mlp_bias,
             ),
-            mlp_down=self._linear(reader, (n.mlp_down.format(i=i),), config.mlp_bias),
+            mlp_down=self._linear(
+                reader, Role.MLP_DOWN, (n.mlp_down.format(i=i),), bias=config.mlp_bias
+            ),
         )
 
     def _fused_by_head(self, reader: _Reader, name: str) -> Linear:
@@ -226,10 +246,7 @@ class ShardModel:
         bias = None
         if self.config.qkv_bias:
             bias = reader.read(f"{name}.bias").view(heads, 3, size).transpose(0, 1).flatten()
-        try:
-            return quantize_linear(weight, bias, self.format, device=self.spec.device)
-        except ValueError as error:
-            raise CheckpointError(self.spec.model_path, name, str(error)) from error
+        return self._quantized(Role.QKV, name, weight, bias)
 
     def _load_embedding(self, reader: _Reader) -> None:
         config, n = self.config, self.config.names
@@ -239,7 +256,7 @@ class ShardModel:
         if config.embedding_norm:
             self._embedding_norm = self._norm(reader, n.embedding_norm)
         if config.is_projected:
-            self._project_in = self._linear(reader, (n.project_in,), bias=False)
+            self._project_in = self._linear(reader, Role.PROJECT_IN, (n.project_in,))
 
     def _own(self, tensor: Tensor) -> Tensor:
         own = torch.empty(tensor.shape, dtype=self.dtype)
@@ -251,33 +268,34 @@ class ShardModel:
         if config.final_norm:
             self._final_norm = self._norm(reader, n.final_norm)
         if config.is_projected:
-            self._project_out = self._linear(reader, (n.project_out,), bias=False)
-        if self.spec.is_first and head_is_shared(config, self.format):
+            self._project_out = self._linear(reader, Role.PROJECT_OUT, (n.project_out,))
+        if self.spec.is_first and head_is_shared(config, self.formats):
             self._shared_head = self._embedding
         else:
-            self._head = self._linear(reader, (n.embedding if config.tied_head else n.head,), False)
+            name = n.embedding if config.tied_head else n.head
+            self._head = self._linear(reader, Role.HEAD, (name,))
 
-    def _linears(self) -> Iterator[tuple[str, Linear]]:
+    def _linears(self) -> Iterator[tuple[Role, Linear]]:
         for layer in self.layers:
             w = layer.weights
             yield from (
-                ("qkv", w.qkv), ("attn_out", w.attn_out), ("mlp_up", w.mlp_up),
-                ("mlp_down", w.mlp_down),
+                (Role.QKV, w.qkv), (Role.ATTN_OUT, w.attn_out), (Role.MLP_UP, w.mlp_up),
+                (Role.MLP_DOWN, w.mlp_down),
             )  # fmt: skip
         if self._head is not None:
-            yield "head", self._head
+            yield Role.HEAD, self._head
 
     def _set_crossovers(self) -> None:
         """Measure each kind of linear layer once, on all of its kind in turn: the weights then come
         from memory, as they do in a step."""
-        kinds: dict[str, list[Linear]] = {}
+        kinds: dict[Role, list[Linear]] = {}
         for kind, linear in self._linears():
             if linear.has_many_op:
                 kinds.setdefault(kind, []).append(linear)
         for kind, alike in kinds.items():
-            self.crossover_tokens[kind] = measure_crossover(*alike)
+            self.crossover_tokens[str(kind)] = measure_crossover(*alike)
             for linear in alike:
-                linear.crossover = self.crossover_tokens[kind]
+                linear.crossover = self.crossover_tokens[str(kind)]
 
     # -- memory ------------------------------------------------------------------------------
 

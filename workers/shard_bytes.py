@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tightfit.kernels.formats import BYTES_PER_ELEMENT, Format, activation_dtype, linear_bytes
+from tightfit.kernels.formats import BYTES_PER_ELEMENT, linear_bytes
 from tightfit.workers.decoder_config import DecoderConfig, Norm, Position
+from tightfit.workers.model_formats import ModelFormats, Role
 
 MAX_LOGIT_ROWS = 64
 """Rows of logits in memory at once; more are computed in several goes."""
@@ -18,7 +19,7 @@ SCRATCH_ROWS = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelBytes:
-    """Weights of a whole model in one format, by where they go."""
+    """Weights of a whole model, by where they go."""
 
     embedding: int
     """Embedding, position table and their norm and projection: on the first stage."""
@@ -30,69 +31,78 @@ class ModelBytes:
     """A single stage holds embedding and head once, because they are the same tensor."""
 
 
-def act_bytes(fmt: Format) -> int:
+def act_bytes(formats: ModelFormats) -> int:
     """Bytes of one element of hidden state, norm, embedding or KV cache."""
-    return BYTES_PER_ELEMENT[activation_dtype(fmt)]
+    return BYTES_PER_ELEMENT[formats.activations]
 
 
-def _norm_bytes(config: DecoderConfig, fmt: Format) -> int:
+def _norm_bytes(config: DecoderConfig, formats: ModelFormats) -> int:
     if not config.norm_affine:
         return 0
     vectors = 2 if config.norm is Norm.LAYER and config.norm_bias else 1
-    return vectors * config.hidden_size * act_bytes(fmt)
+    return vectors * config.hidden_size * act_bytes(formats)
 
 
-def layer_bytes(config: DecoderConfig, fmt: Format) -> int:
+def _linear_bytes(
+    formats: ModelFormats, role: Role, n_out: int, n_in: int, *, bias: bool = False
+) -> int:
+    scheme = formats.scheme(role)
+    return linear_bytes(scheme.format, n_out, n_in, group_size=scheme.group_size, bias=bias)
+
+
+def layer_bytes(config: DecoderConfig, formats: ModelFormats) -> int:
     """Weights of one layer."""
-    attn = config.num_heads * config.head_dim
+    attn, hidden, mlp = config.num_heads * config.head_dim, config.hidden_size, config.mlp_bias
     return (
-        2 * _norm_bytes(config, fmt)
-        + linear_bytes(fmt, config.qkv_out, config.hidden_size, bias=config.qkv_bias)
-        + linear_bytes(fmt, config.hidden_size, attn, bias=config.attn_out_bias)
-        + linear_bytes(fmt, config.mlp_up_out, config.hidden_size, bias=config.mlp_bias)
-        + linear_bytes(fmt, config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        2 * _norm_bytes(config, formats)
+        + _linear_bytes(formats, Role.QKV, config.qkv_out, hidden, bias=config.qkv_bias)
+        + _linear_bytes(formats, Role.ATTN_OUT, hidden, attn, bias=config.attn_out_bias)
+        + _linear_bytes(formats, Role.MLP_UP, config.mlp_up_out, hidden, bias=mlp)
+        + _linear_bytes(formats, Role.MLP_DOWN, hidden, config.intermediate_size, bias=mlp)
     )
 
 
-def embedding_bytes(config: DecoderConfig, fmt: Format) -> int:
+def embedding_bytes(config: DecoderConfig, formats: ModelFormats) -> int:
     """What the first stage holds besides its layers."""
-    total = config.vocab_size * config.embedding_size * act_bytes(fmt)
+    total = config.vocab_size * config.embedding_size * act_bytes(formats)
     if config.position is Position.LEARNED:
-        total += config.learned_positions * config.hidden_size * act_bytes(fmt)
+        total += config.learned_positions * config.hidden_size * act_bytes(formats)
     if config.embedding_norm:
-        total += _norm_bytes(config, fmt)
+        total += _norm_bytes(config, formats)
     if config.is_projected:
-        total += linear_bytes(fmt, config.hidden_size, config.embedding_size)
+        total += _linear_bytes(formats, Role.PROJECT_IN, config.hidden_size, config.embedding_size)
     return total
 
 
-def head_is_shared(config: DecoderConfig, fmt: Format) -> bool:
+def head_is_shared(config: DecoderConfig, formats: ModelFormats) -> bool:
     """A stage that holds both ends keeps the tied tensor once: when both want it in the same
     format."""
-    return config.tied_head and fmt in (Format.FP32, Format.BF16)
+    return config.tied_head and formats.has_dense_head
 
 
-def head_bytes(config: DecoderConfig, fmt: Format, *, shared: bool = False) -> int:
+def head_bytes(config: DecoderConfig, formats: ModelFormats, *, shared: bool = False) -> int:
     """What the last stage holds besides its layers."""
-    total = _norm_bytes(config, fmt) if config.final_norm else 0
+    total = _norm_bytes(config, formats) if config.final_norm else 0
     if config.is_projected:
-        total += linear_bytes(fmt, config.embedding_size, config.hidden_size)
-    return total if shared else total + linear_bytes(fmt, config.vocab_size, config.embedding_size)
+        total += _linear_bytes(formats, Role.PROJECT_OUT, config.embedding_size, config.hidden_size)
+    if shared:
+        return total
+    return total + _linear_bytes(formats, Role.HEAD, config.vocab_size, config.embedding_size)
 
 
-def model_bytes(config: DecoderConfig, fmt: Format) -> ModelBytes:
-    """Weights of the whole model in `fmt`."""
+def model_bytes(config: DecoderConfig, formats: ModelFormats) -> ModelBytes:
+    """Weights of the whole model."""
     return ModelBytes(
-        embedding=embedding_bytes(config, fmt),
-        layers=(layer_bytes(config, fmt),) * config.num_layers,
-        head=head_bytes(config, fmt),
-        head_shared=head_is_shared(config, fmt),
+        embedding=embedding_bytes(config, formats),
+        layers=(layer_bytes(config, formats),) * config.num_layers,
+        head=head_bytes(config, formats),
+        head_shared=head_is_shared(config, formats),
     )
 
 
 def shard_bytes(
     config: DecoderConfig,
-    fmt: Format,
+    formats: ModelFormats,
     first_layer: int,
     end_layer: int,
     *,
@@ -100,34 +110,36 @@ def shard_bytes(
     has_head: bool,
 ) -> int:
     """Weights of one shard; equals what a loaded shard's tensors occupy."""
-    total = (end_layer - first_layer) * layer_bytes(config, fmt)
+    total = (end_layer - first_layer) * layer_bytes(config, formats)
     if has_embedding:
-        total += embedding_bytes(config, fmt)
+        total += embedding_bytes(config, formats)
     if has_head:
-        shared = has_embedding and head_is_shared(config, fmt)
-        total += head_bytes(config, fmt, shared=shared)
+        shared = has_embedding and head_is_shared(config, formats)
+        total += head_bytes(config, formats, shared=shared)
     return total
 
 
-def kv_block_bytes(config: DecoderConfig, fmt: Format, num_layers: int, block_size: int) -> int:
+def kv_block_bytes(
+    config: DecoderConfig, formats: ModelFormats, num_layers: int, block_size: int
+) -> int:
     """One KV block on a shard of `num_layers` layers: keys and values of `block_size` tokens."""
-    per_token = 2 * config.num_kv_heads * config.head_dim * act_bytes(fmt)
+    per_token = 2 * config.num_kv_heads * config.head_dim * act_bytes(formats)
     return num_layers * block_size * per_token
 
 
-def workspace_bytes(config: DecoderConfig, fmt: Format, max_batch_tokens: int) -> int:
+def workspace_bytes(config: DecoderConfig, formats: ModelFormats, max_batch_tokens: int) -> int:
     """Most bytes of activations, logits and scratch alive at once in a step (an upper estimate)."""
     widest = max(config.qkv_out, 2 * config.mlp_up_out)
-    activations = max_batch_tokens * (3 * config.hidden_size + widest) * max(4, act_bytes(fmt))
+    activations = max_batch_tokens * (3 * config.hidden_size + widest) * max(4, act_bytes(formats))
     logits = 3 * MAX_LOGIT_ROWS * config.vocab_size * 4
-    scratch = SCRATCH_ROWS * max(config.hidden_size, config.intermediate_size) * act_bytes(fmt)
-    return activations + logits + scratch + attention_bytes(config, fmt, max_batch_tokens)
+    scratch = SCRATCH_ROWS * max(config.hidden_size, config.intermediate_size) * act_bytes(formats)
+    return activations + logits + scratch + attention_bytes(config, formats, max_batch_tokens)
 
 
-def attention_bytes(config: DecoderConfig, fmt: Format, max_batch_tokens: int) -> int:
+def attention_bytes(config: DecoderConfig, formats: ModelFormats, max_batch_tokens: int) -> int:
     """Workspace of attention: masks of a whole batch, gathered keys and values of one layer."""
     is_alibi = config.position is Position.ALIBI
     masks = config.num_heads if is_alibi else config.num_heads // config.num_kv_heads
-    mask = max_batch_tokens * config.max_position * (masks * act_bytes(fmt) + 2 * 4)
+    mask = max_batch_tokens * config.max_position * (masks * act_bytes(formats) + 2 * 4)
     one_sequence = 2 * config.max_position * config.num_kv_heads * config.head_dim
-    return mask + max(GATHER_ELEMENTS, one_sequence) * act_bytes(fmt)
+    return mask + max(GATHER_ELEMENTS, one_sequence) * act_bytes(formats)

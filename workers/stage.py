@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tightfit.kernels.formats import Format, activation_dtype
 from tightfit.workers.api import (
     LoadProgress,
     MicroBatch,
@@ -28,7 +27,7 @@ from tightfit.workers.decoder_config import DecoderConfig, decoder_config
 from tightfit.workers.errors import BudgetError, LinkError, StageError
 from tightfit.workers.link import StepMessage
 from tightfit.workers.sampler import sample, score
-from tightfit.workers.shard import ShardModel
+from tightfit.workers.shard import ShardModel, spec_formats
 from tightfit.workers.shard_bytes import (
     MAX_LOGIT_ROWS,
     kv_block_bytes,
@@ -66,7 +65,7 @@ class Stage:
         self, spec: StageSpec, *, progress: Callable[[LoadProgress], None] | None = None
     ) -> None:
         self.spec = spec
-        self._format = Format(spec.format)
+        self._formats = spec_formats(spec)
         if spec.num_threads is not None:
             torch.set_num_threads(spec.num_threads)
         base_rss = rss_anon_bytes()
@@ -74,7 +73,7 @@ class Stage:
         try:
             self.config = decoder_config(checkpoint.config)
             self._predicted = self._predict_weights()
-            self._workspace = workspace_bytes(self.config, self._format, spec.max_batch_tokens)
+            self._workspace = workspace_bytes(self.config, self._formats, spec.max_batch_tokens)
             num_blocks = self._plan_kv_blocks()
             self._limit_memory(num_blocks)
             self.model = ShardModel.load(checkpoint, self.config, spec, progress=progress)
@@ -83,7 +82,7 @@ class Stage:
         self.model.allocate_kv(num_blocks)
         self.num_kv_blocks = num_blocks
         self._base_rss = base_rss
-        self._dtype = activation_dtype(self._format)
+        self._dtype = self._formats.activations
         self._epoch = 0
         self._next_step = 0
         self._busy_s = 0.0
@@ -95,7 +94,7 @@ class Stage:
         spec = self.spec
         return shard_bytes(
             self.config,
-            self._format,
+            self._formats,
             spec.first_layer,
             spec.end_layer,
             has_embedding=spec.is_first,
@@ -105,7 +104,7 @@ class Stage:
     def _kv_block_bytes(self) -> int:
         spec = self.spec
         return kv_block_bytes(
-            self.config, self._format, spec.end_layer - spec.first_layer, spec.block_size
+            self.config, self._formats, spec.end_layer - spec.first_layer, spec.block_size
         )
 
     def _plan_kv_blocks(self) -> int:

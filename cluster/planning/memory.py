@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from tightfit.cluster.errors import PlacementError
 from tightfit.cluster.planning.split import split_layers
 from tightfit.cluster.units import format_bytes
-from tightfit.kernels.formats import Format
 from tightfit.workers.decoder_config import DecoderConfig
+from tightfit.workers.model_formats import ModelFormats
 from tightfit.workers.shard_bytes import (
     head_bytes,
     kv_block_bytes,
@@ -37,7 +37,7 @@ class StageBytes:
 
 def stage_bytes(
     model: DecoderConfig,
-    fmt: Format,
+    formats: ModelFormats,
     first_layer: int,
     end_layer: int,
     *,
@@ -49,20 +49,20 @@ def stage_bytes(
     return StageBytes(
         weights=shard_bytes(
             model,
-            fmt,
+            formats,
             first_layer,
             end_layer,
             has_embedding=first_layer == 0,
             has_head=end_layer == model.num_layers,
         ),
-        kv_cache=kv_blocks * kv_block_bytes(model, fmt, end_layer - first_layer, block_size),
-        workspace=workspace_bytes(model, fmt, max_batch_tokens),
+        kv_cache=kv_blocks * kv_block_bytes(model, formats, end_layer - first_layer, block_size),
+        workspace=workspace_bytes(model, formats, max_batch_tokens),
     )
 
 
 def plan_stages(
     model: DecoderConfig,
-    fmt: Format,
+    formats: ModelFormats,
     *,
     num_stages: int,
     budget_bytes: int | None = None,
@@ -75,7 +75,7 @@ def plan_stages(
 
     Args:
         model: the decoder.
-        fmt: format of the linear layers.
+        formats: of its parts.
         num_stages: how many stages.
         budget_bytes: most bytes on each stage for weights, KV cache and workspace; None: no limit.
         kv_blocks: KV blocks on every stage; None: one is counted, the stage takes what is left.
@@ -90,13 +90,13 @@ def plan_stages(
     Raises:
         PlacementError: more stages than layers, or the model does not fit the budget.
     """
-    weights = model_bytes(model, fmt)
-    kv_per_layer = (kv_blocks or 1) * kv_block_bytes(model, fmt, 1, block_size)
+    weights = model_bytes(model, formats)
+    kv_per_layer = (kv_blocks or 1) * kv_block_bytes(model, formats, 1, block_size)
     head = weights.head
     if num_stages == 1 and weights.head_shared:
-        head = head_bytes(model, fmt, shared=True)
+        head = head_bytes(model, formats, shared=True)
     layers = [layer + kv_per_layer for layer in weights.layers]
-    budgets = _budgets(model, fmt, num_stages, budget_bytes, max_batch_tokens)
+    budgets = _budgets(model, formats, num_stages, budget_bytes, max_batch_tokens)
     if balance == "memory":
         return split_layers(layers, weights.embedding, head, num_stages, budgets)
     ranges = split_layers(list(weights.layers), 0, weights.head, num_stages)
@@ -115,7 +115,7 @@ def plan_stages(
 
 def _budgets(
     model: DecoderConfig,
-    fmt: Format,
+    formats: ModelFormats,
     num_stages: int,
     budget_bytes: int | None,
     max_batch_tokens: int,
@@ -123,7 +123,7 @@ def _budgets(
     """What each stage has left for weights and KV; every stage needs the same workspace."""
     if budget_bytes is None:
         return None
-    workspace = workspace_bytes(model, fmt, max_batch_tokens)
+    workspace = workspace_bytes(model, formats, max_batch_tokens)
     if workspace >= budget_bytes:
         raise PlacementError(
             f"micro-batches of {max_batch_tokens} tokens need {format_bytes(workspace)} of "

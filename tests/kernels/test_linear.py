@@ -18,10 +18,15 @@ SHAPES = (
     (5, 1),
     (1, 96),
     (96, 1000),
+    (128, 128),
+    (64, 192),
 )
-"""(N, K): also K that is no multiple of 16 or 32, N that is a prime, and one of either."""
+"""(N, K): also K that is no multiple of 16 or 32, N that is a prime, and one of either; for 4 and 3
+bits groups of 128, 64, 32 and of all a channel's features, and N that torch's packed op takes."""
 
-QUANTIZED = (Format.INT8, Format.LLM_INT8)
+INT8 = (Format.INT8, Format.LLM_INT8)
+QUANTIZED = (*INT8, Format.INT4, Format.INT3)
+SPECIFICATION = {Format.INT4: reference.group_linear, Format.INT3: reference.group_linear}
 ALWAYS = 0
 
 
@@ -67,12 +72,13 @@ def _assert_as_good_as_torch(got, exact, plain_error):
 def test_quantised_ops_are_as_exact_as_plain_torch(fmt, crossover, shape, bias):
     linear = _layer(fmt, *shape, bias=bias, crossover=crossover)
     is_decomposed = fmt is Format.LLM_INT8 and crossover == ALWAYS and shape[1] > 1
-    specification = reference.llm_int8_linear if is_decomposed else reference.int8_linear
+    plain = SPECIFICATION.get(fmt, reference.int8_linear)
+    specification = reference.llm_int8_linear if is_decomposed else plain
     for tokens in TOKENS:
         for x in (_input(tokens, shape[1]), _with_outliers(_input(tokens, shape[1]))):
             exact = specification(x.double(), linear.weight, linear.bias)
-            plain_error = reference.int8_linear(x, linear.weight, linear.bias).double()
-            plain_error -= reference.int8_linear(x.double(), linear.weight, linear.bias)
+            plain_error = plain(x, linear.weight, linear.bias).double()
+            plain_error -= plain(x.double(), linear.weight, linear.bias)
             y = linear(x)
             assert y.dtype == x.dtype
             _assert_as_good_as_torch(y, exact, plain_error)
@@ -161,15 +167,17 @@ def test_rows_may_be_a_slice_of_wider_ones_and_are_left_as_they_were(fmt, crosso
     assert torch.equal(wide, before)
 
 
-def test_wide_layers_are_widened_a_block_at_a_time(monkeypatch):
-    whole = _layer(Format.INT8, 200, 64, bias=True, crossover=ALWAYS)
+@pytest.mark.parametrize("fmt", [Format.INT8, Format.INT4, Format.INT3])
+@pytest.mark.parametrize("n_out", [200, 192])
+def test_wide_layers_are_widened_a_block_at_a_time(monkeypatch, fmt, n_out):
+    whole = _layer(fmt, n_out, 64, bias=True, crossover=ALWAYS)
     monkeypatch.setattr(cpu, "SCRATCH_ELEMENTS", 64 * 64)
-    blocks = _layer(Format.INT8, 200, 64, bias=True, crossover=ALWAYS)
+    blocks = _layer(fmt, n_out, 64, bias=True, crossover=ALWAYS)
     x = _input(12, 64)
     assert torch.allclose(whole(x), blocks(x), rtol=2**-7)
 
 
-@pytest.mark.parametrize("fmt", QUANTIZED)
+@pytest.mark.parametrize("fmt", [*INT8, Format.INT4])
 def test_the_crossover_decides_the_op(fmt):
     linear = _layer(fmt, 64, 576, bias=False, crossover=5)
     x = _input(5, 576)

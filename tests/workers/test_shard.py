@@ -11,6 +11,7 @@ from tightfit.workers.api import StageSpec
 from tightfit.workers.checkpoint import open_checkpoint
 from tightfit.workers.decoder_config import decoder_config
 from tightfit.workers.errors import CheckpointError, StageError
+from tightfit.workers.model_formats import model_formats
 from tightfit.workers.shard import ShardModel
 from tightfit.workers.shard_bytes import kv_block_bytes, shard_bytes
 
@@ -87,7 +88,9 @@ def test_sequences_in_one_micro_batch_do_not_touch_each_other(models, variant):
     torch.testing.assert_close(rest, expected[2][100:], atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize(("fmt", "limit"), [("bf16", 0.12), ("int8", 0.15), ("llm_int8", 0.2)])
+@pytest.mark.parametrize(
+    ("fmt", "limit"), [("bf16", 0.12), ("int8", 0.15), ("llm_int8", 0.2), ("int4", 1.5)]
+)
 @pytest.mark.parametrize("variant", ["bloom", "opt-350m", "llama"])
 def test_smaller_formats_stay_close_to_full_precision(models, variant, fmt, limit):
     model = models(variant)
@@ -106,13 +109,13 @@ def test_predicted_bytes_are_the_bytes_held(models, variant, fmt, num_stages):
     for shard in chain.shards:
         spec = shard.spec
         predicted = shard_bytes(
-            chain.config, Format(fmt), spec.first_layer, spec.end_layer,
+            chain.config, model_formats(fmt), spec.first_layer, spec.end_layer,
             has_embedding=spec.is_first, has_head=spec.is_last,
         )  # fmt: skip
         assert shard.weight_bytes == predicted
         layers = spec.end_layer - spec.first_layer
         assert shard.kv_cache_bytes == BLOCKS * kv_block_bytes(
-            chain.config, Format(fmt), layers, BLOCK
+            chain.config, model_formats(fmt), layers, BLOCK
         )
 
 
@@ -196,3 +199,20 @@ def test_a_mistral_window_limits_the_context(models):
     config = decoder_config(open_checkpoint(models("mistral-window").path).config)
     assert config.max_position == 320
     assert "320" in config.notes[0]
+
+
+@pytest.mark.parametrize(("fmt", "head"), [("int4", "int8"), ("int3", "int8"), ("bf16", "bf16")])
+def test_the_head_is_in_int8_where_the_layers_have_fewer_bits(models, fmt, head):
+    shard = Chain(models("llama").path, 1, fmt).shards[0]
+    assert shard.formats == model_formats(fmt, head=head)
+
+
+def test_the_head_has_a_format_of_its_own_when_asked(models):
+    path = models("llama-mha-tied").path
+    dense = Chain(path, 1, "int8", head_format="bf16").shards[0]
+    small = Chain(path, 1, "int8", head_format="int4").shards[0]
+    same = Chain(path, 1, "int8").shards[0]
+    assert dense.weight_bytes < same.weight_bytes  # the embedding itself, held once
+    assert small.weight_bytes < same.weight_bytes
+    with pytest.raises(ValueError, match="choose fp32 for both or for neither"):
+        model_formats("fp32", head="int8")

@@ -581,7 +581,7 @@ class GetModelResponse(_message.Message):
     max_context_tokens: _builtins.int
     """Prompt and output together, at most, in tokens."""
     weight_format: _builtins.str
-    """How linear layers are stored: "fp32", "bf16", "int8" or "llm_int8"."""
+    """How linear layers are stored: "fp32", "bf16", "int8", "llm_int8", "int4" or "int3"."""
     num_stages: _builtins.int
     """Pipeline stages."""
     has_chat_template: _builtins.bool

@@ -1,0 +1,244 @@
+"""Weights of 4 and 3 bits, asymmetric, in groups of input features: packed, unpacked, quantised.
+
+N output features, K input features, G groups. weight[n, k] ≈ (q[n, k] - z[n, g]) · scale[n, g] with
+q and the zero point z whole numbers in [0, 2^bits), and g the group of k: what GPTQ (arXiv
+2210.17323), AWQ and compressed-tensors store. Held is zero = (2^(bits - 1) - z) · scale, the value
+of the middle integer, so that weight = (q - 2^(bits - 1)) · scale + zero: the form that torch's
+packed op for 4 bits takes on the CPU, and that a z of any kind fits.
+
+Layouts of the integers, `GroupWeight.packed`:
+
+- 4 bits, `Layout.ROWS`: [N, ⌈K / 2⌉] uint8, two input features of one row in a byte, the first in
+  its low half.
+- 4 bits, `Layout.BLOCKS`: [N / 64, K, 32] uint8 for N a multiple of 64: for each 64 rows and
+  each input feature, byte j holds row j in its low half and row 32 + j in its high one. It is what
+  torch's op reads on a CPU with AVX-512.
+- 3 bits, `Layout.ROWS`: [N, ⌈K / 32⌉, 3] int32, 32 input features in 3 words: the low two bits of
+  features 0 to 15 in the first, of 16 to 31 in the second (bits 2i and 2i + 1), the top bits of all
+  32 in the third (bit i).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tightfit.kernels.formats import VALUES_PER_PACK, default_group_size
+from tightfit.kernels.weights import SCRATCH_ELEMENTS, check_matrix
+
+BLOCK_ROWS: Final = 64
+HALF_BLOCK: Final = BLOCK_ROWS // 2
+
+
+class Layout(Enum):
+    """Where a weight's integers lie; see the module's text."""
+
+    ROWS = "rows"
+    BLOCKS = "blocks"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupWeight:
+    """A linear layer's weight in 4 or 3 bits with a scale and a zero point per group."""
+
+    bits: int
+    """4 or 3."""
+    n_in: int
+    """K, which the packed integers alone may not tell."""
+    group_size: int
+    """Input features that share scale and zero; divides K."""
+    layout: Layout
+    packed: Tensor
+    """The integers; see the module's text."""
+    scale_zero: Tensor
+    """[G, N, 2] bf16: scale (positive), then zero: the value of the middle integer."""
+
+    @property
+    def n_out(self) -> int:
+        """N."""
+        return self.scale_zero.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of integers, scales and zeros."""
+        return self.packed.nbytes + self.scale_zero.nbytes
+
+    def integers(self, first: int = 0, end: int | None = None) -> Tensor:
+        """q of rows first to end, [rows, K] uint8 or int32. `first` and `end` lie on 64 rows in
+        `Layout.BLOCKS`."""
+        end = self.n_out if end is None else end
+        if self.layout is Layout.BLOCKS:
+            return unpack_blocks(self.packed[first // BLOCK_ROWS : -(-end // BLOCK_ROWS)])
+        return unpack_rows(self.packed[first:end], bits=self.bits, n_in=self.n_in)
+
+    def dequantize(
+        self, dtype: torch.dtype = torch.float32, first: int = 0, end: int | None = None
+    ) -> Tensor:
+        """Rows first to end of the weight that the integers stand for, [rows, K]."""
+        end = self.n_out if end is None else end
+        grouped = self.integers(first, end).to(dtype).sub_(2 ** (self.bits - 1))
+        grouped = grouped.view(end - first, -1, self.group_size)
+        pairs = self.scale_zero[:, first:end].to(dtype).permute(2, 1, 0)
+        scale, zero = pairs.contiguous().unsqueeze(-1)
+        return torch.addcmul(zero, grouped, scale).view(end - first, self.n_in)
+
+
+def pack_rows(integers: Tensor, *, bits: int) -> Tensor:
+    """q [N, K] of any integer dtype, in [0, 2^bits), to `Layout.ROWS`; missing features are 0."""
+    values = VALUES_PER_PACK[bits]
+    padded = F.pad(integers, (0, -integers.shape[1] % values))
+    if bits == 4:
+        padded = padded.to(torch.uint8)
+        return padded[:, ::2] | padded[:, 1::2] << 4
+    rows = padded.to(torch.int32).view(integers.shape[0], -1, 32)
+    low = ((rows & 3).view(*rows.shape[:-1], 2, 16) << (2 * _shifts(16, rows))).sum(-1)
+    high = ((rows >> 2) << _shifts(32, rows)).sum(-1, keepdim=True)
+    return torch.cat((low, high), -1).to(torch.int32)  # sums are int64: bit 31 becomes the sign
+
+
+def unpack_rows(packed: Tensor, *, bits: int, n_in: int) -> Tensor:
+    """The reverse of `pack_rows`: [N, n_in]."""
+    if bits == 4:
+        pairs = torch.stack((packed & 15, packed >> 4), -1)
+        return pairs.flatten(1)[:, :n_in]
+    low = (packed[..., :2, None] >> (2 * _shifts(16, packed)) & 3).flatten(-2)
+    high = packed[..., 2:] >> _shifts(32, packed) & 1
+    return low.add_(high, alpha=4).flatten(1)[:, :n_in]
+
+
+def _shifts(count: int, like: Tensor) -> Tensor:
+    return torch.arange(count, dtype=torch.int32, device=like.device)
+
+
+def pack_blocks(integers: Tensor) -> Tensor:
+    """q [N, K] in [0, 16), N a multiple of 64, to `Layout.BLOCKS`."""
+    blocks = integers.to(torch.uint8).view(-1, 2, HALF_BLOCK, integers.shape[1])
+    return (blocks[:, 0] | blocks[:, 1] << 4).transpose(1, 2).contiguous()
+
+
+def unpack_blocks(packed: Tensor) -> Tensor:
+    """The reverse of `pack_blocks`: [N, K]."""
+    halves = torch.cat((packed & 15, packed >> 4), -1)
+    return halves.transpose(1, 2).reshape(-1, packed.shape[1])
+
+
+def grid(groups: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point that span each group and 0, by least and greatest value.
+
+    The scale is rounded to bf16 first, and the zero point fits the rounded one.
+
+    Args:
+        groups: [..., group size], finite.
+        bits: of the integers.
+    Returns:
+        scale [...] bf16, positive; zero point [...] fp32, whole numbers in [0, 2^bits).
+    """
+    highest = 2**bits - 1
+    least, greatest = groups.float().aminmax(dim=-1)
+    least, greatest = least.clamp_max_(0.0), greatest.clamp_min_(0.0)
+    # Divided before they are subtracted: the difference of two finite values may not be finite.
+    scale = (greatest / highest - least / highest).to(torch.bfloat16)
+    scale.masked_fill_(scale == 0, 1.0)
+    return scale, (-least / scale).round_().clamp_(0, highest)
+
+
+def pack_groups(
+    integers: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    *,
+    bits: int,
+    layout: Layout = Layout.ROWS,
+) -> GroupWeight:
+    """What a method computed, as a packed weight on the same device.
+
+    Args:
+        integers: q [N, K], of any integer dtype, in [0, 2^bits).
+        scale: [N, G], of any floating dtype; G divides K.
+        zero_point: z [N, G], of any dtype, whole or not.
+        bits: 4 or 3.
+        layout: of the result; `BLOCKS` wants 4 bits and N a multiple of 64.
+    Raises:
+        ValueError: the shapes do not fit each other.
+    """
+    n_out, n_in = integers.shape
+    num_groups = scale.shape[-1]
+    if scale.shape != zero_point.shape or scale.shape[0] != n_out or n_in % num_groups:
+        raise ValueError(
+            f"integers {[n_out, n_in]} want a scale and a zero point [{n_out}, G] with G a divisor "
+            f"of {n_in}, not {list(scale.shape)} and {list(zero_point.shape)}"
+        )
+    zero = (2 ** (bits - 1) - zero_point.float()) * scale.float()
+    pairs = torch.stack((scale.to(torch.bfloat16), zero.to(torch.bfloat16)), -1)
+    is_blocks = layout is Layout.BLOCKS
+    return GroupWeight(
+        bits=bits,
+        n_in=n_in,
+        group_size=n_in // num_groups,
+        layout=layout,
+        packed=pack_blocks(integers) if is_blocks else pack_rows(integers, bits=bits),
+        scale_zero=pairs.transpose(0, 1).contiguous(),
+    )
+
+
+def quantize_groups(
+    weight: Tensor,
+    *,
+    bits: int,
+    group_size: int | None = None,
+    layout: Layout = Layout.ROWS,
+    device: str = "cpu",
+) -> GroupWeight:
+    """Round to nearest on the `grid` of each group.
+
+    One pass: each block of rows is read once, and widened to fp32 by itself.
+
+    Args:
+        weight: [N, K], any floating dtype, any strides; not changed, no memory shared.
+        bits: 4 or 3.
+        group_size: input features that share a scale, a divisor of K; `default_group_size` if None.
+        layout: of the result; `BLOCKS` wants 4 bits and N a multiple of 64.
+        device: where the packed weight is to be.
+    Raises:
+        ValueError: the weight is no floating matrix, has NaN or infinite entries, or has no whole
+            number of groups.
+    """
+    check_matrix(weight)
+    n_out, n_in = weight.shape
+    group_size = default_group_size(n_in) if group_size is None else group_size
+    if n_in % group_size:
+        raise ValueError(f"groups of {group_size} do not divide {n_in} input features")
+    step = max(BLOCK_ROWS, SCRATCH_ELEMENTS // max(1, n_in) // BLOCK_ROWS * BLOCK_ROWS)
+    parts = [
+        _quantize_part(part, first, bits=bits, group_size=group_size, layout=layout, device=device)
+        for first, part in zip(range(0, n_out, step), torch.split(weight, step), strict=True)
+    ]
+    return GroupWeight(
+        bits=bits,
+        n_in=n_in,
+        group_size=group_size,
+        layout=layout,
+        packed=torch.cat([part.packed for part in parts]),
+        scale_zero=torch.cat([part.scale_zero for part in parts], 1),
+    )
+
+
+def _quantize_part(
+    rows: Tensor, first: int, *, bits: int, group_size: int, layout: Layout, device: str
+) -> GroupWeight:
+    """Some rows, the first of which is row `first` of the weight."""
+    wide = rows.to(device=device, dtype=torch.float32, copy=True)
+    groups = wide.view(wide.shape[0], -1, group_size)
+    finite = torch.isfinite(wide).all(dim=1)
+    if not bool(finite.all()):
+        row = first + int((~finite).nonzero()[0])
+        raise ValueError(f"the weight has a NaN or infinite entry in row {row}")
+    scale, zero_point = grid(groups, bits=bits)
+    groups.div_(scale.float()[..., None]).round_().add_(zero_point[..., None])
+    integers = wide.clamp_(0, 2**bits - 1).to(torch.uint8)
+    return pack_groups(integers, scale, zero_point, bits=bits, layout=layout)
