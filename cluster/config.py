@@ -48,8 +48,11 @@ class ServeConfig:
     ] = None
     format: Annotated[
         str,
-        Option("How linear layers are stored.", choices=tuple(map(str, SUPPORTED_FORMATS))),
-    ] = "int8"
+        Option(
+            "How linear layers are held; auto: as a quantised checkpoint has them, else int8.",
+            choices=(AUTO, *map(str, SUPPORTED_FORMATS)),
+        ),
+    ] = AUTO
     head_format: Annotated[
         str,
         Option(

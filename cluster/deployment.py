@@ -62,7 +62,7 @@ def stage_specs(config: ServeConfig, model: ModelDescription) -> list[StageSpec]
         PlacementError: more stages than layers, or a shard over its budget.
     """
     try:
-        formats = model_formats(config.format, head=config.head_format)
+        formats = model_formats(model.config, config.format, head=config.head_format)
     except ValueError as error:
         raise ConfigError(f"head_format: {error}") from error
     ranges = plan_stages(

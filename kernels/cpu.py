@@ -23,7 +23,9 @@ from tightfit.kernels.groups import (
     BLOCK_ROWS,
     GroupWeight,
     Layout,
+    Quantized,
     pack_blocks,
+    pack_groups,
     quantize_groups,
 )
 from tightfit.kernels.reference import OUTLIER_THRESHOLD
@@ -152,6 +154,13 @@ def pack_int4(weight: Tensor, group_size: int | None, device: str) -> GroupWeigh
     fits = weight.ndim == 2 and _takes_blocks(weight.shape[0], weight.shape[1], group_size)
     layout = Layout.BLOCKS if fits else Layout.ROWS
     return quantize_groups(weight, bits=4, group_size=group_size, layout=layout, device=device)
+
+
+def hold_int4(weight: Quantized) -> GroupWeight:
+    """Numbers that are quantised already, in the layout that is fastest here."""
+    n_out, n_in = weight.integers.shape
+    fits = _takes_blocks(n_out, n_in, n_in // weight.scale.shape[1])
+    return pack_groups(weight, layout=Layout.BLOCKS if fits else Layout.ROWS)
 
 
 def _takes_blocks(n_out: int, n_in: int, group_size: int | None) -> bool:

@@ -17,16 +17,29 @@ from tightfit.kernels import cpu
 from tightfit.kernels.cpu import Kernel
 from tightfit.kernels.crossover import MEASURE_LIMIT_S, NEVER, find_crossover
 from tightfit.kernels.formats import Format, activation_dtype
-from tightfit.kernels.groups import GroupWeight, quantize_groups
+from tightfit.kernels.groups import GroupWeight, Quantized, pack_groups, quantize_groups
 from tightfit.kernels.weights import Int8Weight, quantize_rows
 
-__all__ = ["DTYPES", "NEVER", "OPS", "Linear", "OpPair", "measure_crossover", "quantize_linear"]
+__all__ = [
+    "DTYPES",
+    "NEVER",
+    "OPS",
+    "Linear",
+    "OpPair",
+    "hold_linear",
+    "measure_crossover",
+    "quantize_linear",
+]
 
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 OUTLIER_EVERY: Final = 512
 """One feature column in so many is an outlier while measuring: as in 6.7B models and above, roughly
 (arXiv 2208.07339, section 4.1: up to 7 of 4,096)."""
+
+
+INT8_MIDDLE: Final = 128
+"""The whole number of `Quantized` that stands for 0 in int8."""
 
 
 class PackedWeight(Protocol):
@@ -47,6 +60,8 @@ class OpPair(Generic[W]):
     pack: Callable[[Tensor, int | None, str], W]
     """(weight [N, K] of any floating dtype, group size, device name) → the packed weight, owning
     its memory."""
+    hold: Callable[[Quantized], W] | None = None
+    """Weights that are quantised already, their numbers kept; None: this format has none."""
     few: Callable[[W, Tensor | None], Kernel]
     """(packed weight, bias) → the op for few tokens."""
     many: Callable[[W, Tensor | None], Kernel] | None = None
@@ -65,6 +80,14 @@ def _pack_int3(weight: Tensor, group_size: int | None, device: str) -> GroupWeig
     return quantize_groups(weight, bits=3, group_size=group_size, device=device)
 
 
+def _hold_int8(weight: Quantized) -> Int8Weight:
+    """Raises ValueError unless the weight is symmetric, with one scale per output channel."""
+    if weight.scale.shape[1] != 1 or bool((weight.zero_point != INT8_MIDDLE).any()):
+        raise ValueError("int8 has one scale per output channel and no zero points")
+    values = weight.integers.sub(INT8_MIDDLE).view(torch.int8)
+    return Int8Weight(values=values, scale=weight.scale[:, 0].to(torch.bfloat16))
+
+
 OPS: Final[dict[tuple[str, Format], OpPair[Any]]] = {
     ("cpu", Format.FP32): OpPair(
         pack=partial(_pack_dense, dtype=torch.float32), few=cpu.bind_dense
@@ -73,15 +96,18 @@ OPS: Final[dict[tuple[str, Format], OpPair[Any]]] = {
         pack=partial(_pack_dense, dtype=torch.bfloat16), few=cpu.bind_dense
     ),
     ("cpu", Format.INT8): OpPair(
-        pack=_pack_int8, few=cpu.bind_int8_packed, many=cpu.bind_int8_dequantized
+        pack=_pack_int8, hold=_hold_int8, few=cpu.bind_int8_packed, many=cpu.bind_int8_dequantized
     ),
     ("cpu", Format.LLM_INT8): OpPair(
-        pack=_pack_int8, few=cpu.bind_int8_packed, many=cpu.bind_llm_int8
+        pack=_pack_int8, hold=_hold_int8, few=cpu.bind_int8_packed, many=cpu.bind_llm_int8
     ),
     ("cpu", Format.INT4): OpPair(
-        pack=cpu.pack_int4, few=cpu.bind_int4_packed, many=cpu.bind_dequantized
+        pack=cpu.pack_int4,
+        hold=cpu.hold_int4,
+        few=cpu.bind_int4_packed,
+        many=cpu.bind_dequantized,
     ),
-    ("cpu", Format.INT3): OpPair(pack=_pack_int3, few=cpu.bind_dequantized),
+    ("cpu", Format.INT3): OpPair(pack=_pack_int3, hold=pack_groups, few=cpu.bind_dequantized),
 }
 
 
@@ -108,30 +134,28 @@ class Linear:
     def __init__(
         self,
         fmt: Format,
-        weight: Tensor,
-        bias: Tensor | None = None,
+        weight: PackedWeight,
+        bias: Tensor | None,
         *,
-        group_size: int | None = None,
-        device: str = "cpu",
+        shape: tuple[int, int],
+        order: Tensor | None = None,
+        device: str,
     ) -> None:
-        """See `quantize_linear`."""
-        kind = device.partition(":")[0]
-        ops = OPS.get((kind, fmt))
-        if ops is None:
-            known = ", ".join(str(f) for d, f in OPS if d == kind) or "none"
-            raise ValueError(f"format {fmt} has no ops on device {kind}; there are: {known}")
-        self.n_out, self.n_in = _checked_shape(weight, bias)
+        """Made by `quantize_linear` and `hold_linear`."""
+        ops = _ops(fmt, device)
+        self.n_out, self.n_in = shape
         act = DTYPES[activation_dtype(fmt)]
         self.format, self.device = fmt, device
         self.bias = None if bias is None else bias.detach().to(device, act, copy=True)
         """[N], in the dtype of the activations, or None."""
-        self.weight: PackedWeight = ops.pack(weight.detach(), group_size, device)
-        """As the format's `OpPair.pack` made it."""
-        self.nbytes = self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
-        """Bytes of weight, scales and bias; equals `formats.linear_bytes`."""
+        self.weight: PackedWeight = weight
+        """As the format's `OpPair` made it."""
+        parts = (self.weight, self.bias, order)
+        self.nbytes = sum(part.nbytes for part in parts if part is not None)
+        """Bytes of weight, scales and bias; `formats.linear_bytes`, and 4 K with an order."""
         self.crossover = NEVER
-        self._few = ops.few(self.weight, self.bias)
-        self._many = ops.many(self.weight, self.bias) if ops.many else self._few
+        self._few = _ordered(ops.few(weight, self.bias), order)
+        self._many = _ordered(ops.many(weight, self.bias), order) if ops.many else self._few
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, K] → [T, N]."""
@@ -141,6 +165,22 @@ class Linear:
     def has_many_op(self) -> bool:
         """There is a choice to make by the number of tokens."""
         return self._many is not self._few
+
+
+def _ops(fmt: Format, device: str) -> OpPair[Any]:
+    kind = device.partition(":")[0]
+    ops = OPS.get((kind, fmt))
+    if ops is None:
+        known = ", ".join(str(f) for d, f in OPS if d == kind) or "none"
+        raise ValueError(f"format {fmt} has no ops on device {kind}; there are: {known}")
+    return ops
+
+
+def _ordered(kernel: Kernel, order: Tensor | None) -> Kernel:
+    """The op for a weight whose input features lie in another order than x's."""
+    if order is None:
+        return kernel
+    return lambda x: kernel(x.index_select(1, order))
 
 
 def _checked_shape(weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
@@ -172,7 +212,36 @@ def quantize_linear(
     Raises:
         ValueError: no such format on this device, shapes that do not fit, or non-finite weights.
     """
-    return Linear(fmt, weight, bias, group_size=group_size, device=device)
+    ops, shape = _ops(fmt, device), _checked_shape(weight, bias)
+    packed = ops.pack(weight.detach(), group_size, device)
+    return Linear(fmt, packed, bias, shape=shape, device=device)
+
+
+def hold_linear(
+    weight: Quantized,
+    bias: Tensor | None,
+    fmt: Format,
+    *,
+    order: Tensor | None = None,
+    device: str = "cpu",
+) -> Linear:
+    """Take one layer's weight that is quantised already, its numbers kept but for scales rounded to
+    bf16.
+
+    Args:
+        weight: [N, K].
+        bias: [N] or None.
+        fmt: `int8`, `llm_int8`, `int4` or `int3`, of as many bits.
+        order: [K] whole numbers: column i of the weight belongs to input feature order[i].
+        device: torch device name; the weight is there.
+    Raises:
+        ValueError: the format cannot hold these numbers, or shapes that do not fit.
+    """
+    ops, shape = _ops(fmt, device), _checked_shape(weight.integers, bias)
+    if ops.hold is None:
+        raise ValueError(f"{fmt} holds no quantised numbers")
+    index = None if order is None else order.to(device, torch.int32)
+    return Linear(fmt, ops.hold(weight), bias, shape=shape, order=index, device=device)
 
 
 def measure_crossover(linear: Linear, *alike: Linear, limit_s: float = MEASURE_LIMIT_S) -> int:

@@ -88,6 +88,36 @@ class GroupWeight:
         return torch.addcmul(zero, grouped, scale).view(end - first, self.n_in)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantized:
+    """What a quantisation method computes, and a quantised checkpoint stores: not packed yet."""
+
+    bits: int
+    """8, 4 or 3."""
+    integers: Tensor
+    """[N, K] uint8 in [0, 2^bits)."""
+    scale: Tensor
+    """[N, G], floating: input features g · K / G to (g + 1) · K / G share scale g."""
+    zero_point: Tensor
+    """[N, G] in [0, 2^bits), of any dtype."""
+
+    def rows(self, index: Tensor) -> Quantized:
+        """Some output features, in this order."""
+        return Quantized(
+            bits=self.bits,
+            integers=self.integers[index],
+            scale=self.scale[index],
+            zero_point=self.zero_point[index],
+        )
+
+    def dequantize(self) -> Tensor:
+        """The weight that is meant, [N, K] fp32."""
+        n_out, num_groups = self.scale.shape
+        grouped = self.integers.float().view(n_out, num_groups, -1)
+        grouped.sub_(self.zero_point.float()[..., None]).mul_(self.scale.float()[..., None])
+        return grouped.view(n_out, -1)
+
+
 def pack_rows(integers: Tensor, *, bits: int) -> Tensor:
     """q [N, K] of any integer dtype, in [0, 2^bits), to `Layout.ROWS`; missing features are 0."""
     values = VALUES_PER_PACK[bits]
@@ -147,25 +177,16 @@ def grid(groups: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
     return scale, (-least / scale).round_().clamp_(0, highest)
 
 
-def pack_groups(
-    integers: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    *,
-    bits: int,
-    layout: Layout = Layout.ROWS,
-) -> GroupWeight:
-    """What a method computed, as a packed weight on the same device.
+def pack_groups(weight: Quantized, *, layout: Layout = Layout.ROWS) -> GroupWeight:
+    """A weight of 4 or 3 bits packed, on the same device; `BLOCKS` wants 4 bits and N a multiple of
+    64.
 
-    Args:
-        integers: q [N, K], of any integer dtype, in [0, 2^bits).
-        scale: [N, G], of any floating dtype; G divides K.
-        zero_point: z [N, G], of any dtype, whole or not.
-        bits: 4 or 3.
-        layout: of the result; `BLOCKS` wants 4 bits and N a multiple of 64.
     Raises:
         ValueError: the shapes do not fit each other.
     """
+    integers, scale, zero_point, bits = (
+        weight.integers, weight.scale, weight.zero_point, weight.bits,
+    )  # fmt: skip
     n_out, n_in = integers.shape
     num_groups = scale.shape[-1]
     if scale.shape != zero_point.shape or scale.shape[0] != n_out or n_in % num_groups:
@@ -241,4 +262,5 @@ def _quantize_part(
     scale, zero_point = grid(groups, bits=bits)
     groups.div_(scale.float()[..., None]).round_().add_(zero_point[..., None])
     integers = wide.clamp_(0, 2**bits - 1).to(torch.uint8)
-    return pack_groups(integers, scale, zero_point, bits=bits, layout=layout)
+    quantized = Quantized(bits=bits, integers=integers, scale=scale, zero_point=zero_point)
+    return pack_groups(quantized, layout=layout)

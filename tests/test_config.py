@@ -74,7 +74,7 @@ def test_a_file_that_cannot_be_meant_is_refused_with_its_name(tmp_path, text, co
         (
             "format",
             "int9",
-            "serve.format: 'int9' is not one of fp32, bf16, int8, llm_int8, int4, int3",
+            "serve.format: 'int9' is not one of auto, fp32, bf16, int8, llm_int8, int4, int3",
         ),
         ("prefix_cache", 1, "serve.prefix_cache: 1 is not true or false"),
         ("drain_grace_s", float("nan"), "serve.drain_grace_s: nan is not finite"),

@@ -124,7 +124,8 @@ class StageSpec:
     end_layer: int
     """One past the last layer held."""
     format: str
-    """Weight format of the linear layers: a value of `kernels.formats.Format`."""
+    """Of the linear layers: a `kernels.formats.Format`, or "auto": as a quantised checkpoint has
+    them, else int8."""
     head_format: str = "auto"
     """Of the LM head: the same, or "auto": as the layers, int8 where they have fewer bits."""
     device: str = "cpu"

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 from tightfit.workers.errors import UnsupportedModelError
+from tightfit.workers.stored import StoredQuantization, StoredScheme, stored_quantization
 
 HFConfig = Mapping[str, Any]
 
@@ -82,6 +83,16 @@ class TensorNames:
     mlp_down: str
 
 
+class LinearShape(NamedTuple):
+    """One linear layer of a checkpoint."""
+
+    name: str
+    """Without prefix."""
+    n_out: int
+    n_in: int
+    has_bias: bool
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
     """Everything that the decoder does differently from model to model."""
@@ -127,6 +138,8 @@ class DecoderConfig:
     eos_token_ids: frozenset[int]
     bos_token_id: int | None
     names: TensorNames
+    stored: StoredQuantization | None = None
+    """How the checkpoint's linear layers are quantised already, if they are."""
     notes: tuple[str, ...] = ()
     """What the operator should know, such as a context cut to the sliding window."""
 
@@ -153,19 +166,59 @@ class DecoderConfig:
 
     # -- what a checkpoint must hold ---------------------------------------------------------
 
-    def layer_tensors(self, i: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """(name, shape) of every tensor of layer `i`, without prefix."""
+    def stored_scheme(self, name: str) -> StoredScheme | None:
+        """How the linear layer of this name, without prefix, is quantised in the checkpoint."""
+        if self.stored is None or name == self.names.embedding:  # of a tied head
+            return None
+        prefix = "" if name == self.names.head else self.names.prefixes[0]
+        return self.stored.scheme(prefix + name)
+
+    def linears(self) -> Iterator[LinearShape]:
+        """Every linear layer of the model that can be quantised."""
+        n = self.names
+        if self.is_projected:
+            yield LinearShape(n.project_in, self.hidden_size, self.embedding_size, False)
+            yield LinearShape(n.project_out, self.embedding_size, self.hidden_size, False)
+        for i in range(self.num_layers):
+            yield from self.layer_linears(i)
+        if not self.tied_head:
+            yield LinearShape(n.head, self.vocab_size, self.embedding_size, False)
+
+    def layer_linears(self, i: int) -> Iterator[LinearShape]:
+        """Those of layer `i`."""
         n, hidden, attn = self.names, self.hidden_size, self.num_heads * self.head_dim
         kv = self.num_kv_heads * self.head_dim
-        yield from self.norm_tensors(n.attn_norm.format(i=i))
         widths = (self.qkv_out,) if len(n.qkv) == 1 else (attn, kv, kv)
         for name, width in zip(n.qkv, widths, strict=True):
-            yield from _linear(name.format(i=i), width, hidden, self.qkv_bias)
-        yield from _linear(n.attn_out.format(i=i), hidden, attn, self.attn_out_bias)
-        yield from self.norm_tensors(n.mlp_norm.format(i=i))
+            yield LinearShape(name.format(i=i), width, hidden, self.qkv_bias)
+        yield LinearShape(n.attn_out.format(i=i), hidden, attn, self.attn_out_bias)
         for name in n.mlp_up:
-            yield from _linear(name.format(i=i), self.intermediate_size, hidden, self.mlp_bias)
-        yield from _linear(n.mlp_down.format(i=i), hidden, self.intermediate_size, self.mlp_bias)
+            yield LinearShape(name.format(i=i), self.intermediate_size, hidden, self.mlp_bias)
+        yield LinearShape(n.mlp_down.format(i=i), hidden, self.intermediate_size, self.mlp_bias)
+
+    def integer_tensors(self) -> Iterator[str]:
+        """Names, without prefix, of all tensors that hold quantised whole numbers."""
+        for linear in self.linears():
+            scheme = self.stored_scheme(linear.name)
+            if scheme is not None:
+                yield from (f"{linear.name}.{suffix}" for suffix in scheme.integer_suffixes)
+
+    def _linear_tensors(self, linear: LinearShape) -> Iterator[tuple[str, tuple[int, ...]]]:
+        scheme = self.stored_scheme(linear.name)
+        if scheme is None:
+            yield f"{linear.name}.weight", (linear.n_out, linear.n_in)
+        else:
+            yield from scheme.tensors(linear.name, linear.n_out, linear.n_in)
+        if linear.has_bias:
+            yield f"{linear.name}.bias", (linear.n_out,)
+
+    def layer_tensors(self, i: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(name, shape) of every tensor of layer `i`, without prefix."""
+        n = self.names
+        yield from self.norm_tensors(n.attn_norm.format(i=i))
+        yield from self.norm_tensors(n.mlp_norm.format(i=i))
+        for linear in self.layer_linears(i):
+            yield from self._linear_tensors(linear)
 
     def embedding_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """(name, shape) of what the first stage holds besides layers, without prefix."""
@@ -175,8 +228,7 @@ class DecoderConfig:
             yield f"{n.position}.weight", (self.learned_positions, self.hidden_size)
         if self.embedding_norm:
             yield from self.norm_tensors(n.embedding_norm)
-        if self.is_projected:
-            yield f"{n.project_in}.weight", (self.hidden_size, self.embedding_size)
+        yield from self._outer_tensors(n.project_in)
 
     def head_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """(name, shape) of what the last stage holds besides layers, without prefix.
@@ -186,10 +238,16 @@ class DecoderConfig:
         n = self.names
         if self.final_norm:
             yield from self.norm_tensors(n.final_norm)
-        if self.is_projected:
-            yield f"{n.project_out}.weight", (self.embedding_size, self.hidden_size)
-        head = n.embedding if self.tied_head else n.head
-        yield f"{head}.weight", (self.vocab_size, self.embedding_size)
+        yield from self._outer_tensors(n.project_out)
+        if self.tied_head:
+            yield f"{n.embedding}.weight", (self.vocab_size, self.embedding_size)
+        yield from self._outer_tensors(n.head)
+
+    def _outer_tensors(self, name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Of the linear layer outside the blocks that has this name, if there is one."""
+        for linear in self.linears():
+            if linear.name == name:
+                yield from self._linear_tensors(linear)
 
     def norm_tensors(self, name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
         """(name, shape) of one norm's tensors."""
@@ -197,12 +255,6 @@ class DecoderConfig:
             yield f"{name}.weight", (self.hidden_size,)
             if self.norm is Norm.LAYER and self.norm_bias:
                 yield f"{name}.bias", (self.hidden_size,)
-
-
-def _linear(name: str, n_out: int, n_in: int, bias: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield f"{name}.weight", (n_out, n_in)
-    if bias:
-        yield f"{name}.bias", (n_out,)
 
 
 class ConfigReader:
@@ -326,11 +378,6 @@ def decoder_config(config: HFConfig) -> DecoderConfig:
             f"config.json: model_type is {model_type!r}; supported are {', '.join(sorted(known))}"
         )
     _check_architecture(model_type, config.get("architectures"))
-    if config.get("quantization_config") is not None:
-        raise UnsupportedModelError(
-            "config.json: quantization_config: checkpoints that are already quantised by others "
-            "are not supported yet; use the 16-bit checkpoint and choose a --format"
-        )
     read = ConfigReader(config)
     for key in NOT_DONE:
         read.only(key, False)
@@ -340,7 +387,7 @@ def decoder_config(config: HFConfig) -> DecoderConfig:
             f"config.json: {decoder.num_heads} heads do not divide into "
             f"{decoder.num_kv_heads} KV heads"
         )
-    return decoder
+    return replace(decoder, stored=stored_quantization(config))
 
 
 def _check_architecture(model_type: str, architectures: object) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 from tightfit.kernels.formats import WEIGHT_BITS, Format, activation_dtype
+from tightfit.workers.decoder_config import DecoderConfig
+from tightfit.workers.stored import StoredScheme
 
 AUTO = "auto"
 """What the model and the other formats suggest."""
@@ -39,9 +43,11 @@ class ModelFormats:
     """The formats of a whole model."""
 
     layers: Format
-    """Of the blocks' linear layers."""
+    """Of the blocks' linear layers; where the checkpoint's differ, of most."""
     head: Format
     """Of the LM head."""
+    stored: tuple[Mapping[Role, Scheme], ...] = ()
+    """For each layer, what is held as the checkpoint has it; empty: nothing is."""
 
     @property
     def activations(self) -> str:
@@ -53,29 +59,76 @@ class ModelFormats:
         """The LM head's weight is held as the embedding's is."""
         return self.head is DENSE[self.activations]
 
-    def scheme(self, role: Role) -> Scheme:
-        """Of one linear layer."""
+    def is_held(self, role: Role, layer: int | None) -> bool:
+        """The linear layer is held as the checkpoint has it."""
+        return layer is not None and bool(self.stored) and role in self.stored[layer]
+
+    def scheme(self, role: Role, layer: int | None = None) -> Scheme:
+        """Of one linear layer; `layer` is None for those outside the blocks."""
+        if layer is not None and self.is_held(role, layer):
+            return self.stored[layer][role]
         return Scheme(format=self.head if role is Role.HEAD else self.layers)
 
 
-def model_formats(layers: str, *, head: str = AUTO) -> ModelFormats:
-    """The formats that an operator asked for.
+def model_formats(config: DecoderConfig, layers: str = AUTO, *, head: str = AUTO) -> ModelFormats:
+    """The formats that an operator asked for, for a model.
 
     Args:
-        layers: a `Format`.
+        config: the model.
+        layers: a `Format`, or "auto": what the checkpoint is quantised to, else int8. Where it is
+            quantised to the format that is asked for, its numbers are held as they are; else they
+            are widened and quantised anew.
         head: a `Format`, or "auto": as the layers, but int8 where they have fewer bits. The head
             picks every token, and is small beside the layers of a large model.
 
     Raises:
         ValueError: the head's format has activations of another dtype than the layers'.
     """
-    fmt = Format(layers)
+    stored = tuple(_stored_layer(config, i, layers) for i in range(config.num_layers))
+    fmt = _most_common(stored) if layers == AUTO else Format(layers)
+    stored = stored if any(stored) else ()
     if head == AUTO:
-        return ModelFormats(layers=fmt, head=Format.INT8 if fmt in WEIGHT_BITS else fmt)
+        small = fmt in WEIGHT_BITS
+        return ModelFormats(layers=fmt, head=Format.INT8 if small else fmt, stored=stored)
     head_fmt = Format(head)
     if activation_dtype(head_fmt) != activation_dtype(fmt):
         raise ValueError(
             f"layers in {fmt} compute in {activation_dtype(fmt)} and a head in {head_fmt} in "
             f"{activation_dtype(head_fmt)}: choose fp32 for both or for neither"
         )
-    return ModelFormats(layers=fmt, head=head_fmt)
+    return ModelFormats(layers=fmt, head=head_fmt, stored=stored)
+
+
+def _most_common(stored: Iterable[Mapping[Role, Scheme]]) -> Format:
+    counts = Counter(scheme.format for layer in stored for scheme in layer.values())
+    return counts.most_common(1)[0][0] if counts else Format.INT8
+
+
+def _stored_layer(config: DecoderConfig, i: int, wanted: str) -> Mapping[Role, Scheme]:
+    """What of one layer is held as the checkpoint has it."""
+    n = config.names
+    roles = {
+        Role.QKV: n.qkv, Role.ATTN_OUT: (n.attn_out,), Role.MLP_UP: n.mlp_up,
+        Role.MLP_DOWN: (n.mlp_down,),
+    }  # fmt: skip
+    held = {}
+    for role, names in roles.items():
+        schemes = {config.stored_scheme(name.format(i=i)) for name in names}
+        scheme = schemes.pop()
+        if scheme is None or schemes or scheme.format is None:
+            continue
+        has_int8 = wanted == Format.LLM_INT8 and scheme.format is Format.INT8
+        if has_int8 or wanted in (AUTO, scheme.format):
+            fmt = Format.LLM_INT8 if has_int8 else scheme.format
+            held[role] = Scheme(format=fmt, group_size=_group_size(scheme, config, role))
+    return held
+
+
+def _group_size(scheme: StoredScheme, config: DecoderConfig, role: Role) -> int | None:
+    """Explicit where one scale is for a whole channel of a layer in groups."""
+    if scheme.format not in WEIGHT_BITS or scheme.group_size is not None:
+        return scheme.group_size
+    widths = {
+        Role.ATTN_OUT: config.num_heads * config.head_dim, Role.MLP_DOWN: config.intermediate_size,
+    }  # fmt: skip
+    return widths.get(role, config.hidden_size)

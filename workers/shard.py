@@ -8,31 +8,46 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from tightfit.kernels.dispatch import DTYPES, Linear, measure_crossover, quantize_linear
+from tightfit.kernels.dispatch import (
+    DTYPES,
+    Linear,
+    hold_linear,
+    measure_crossover,
+    quantize_linear,
+)
 from tightfit.workers.api import LoadProgress, MicroBatch, StageSpec
 from tightfit.workers.batch import BatchBuilder
 from tightfit.workers.checkpoint import Checkpoint
+from tightfit.workers.checkpoints.packed import StoredLinear, read_stored, stacked
 from tightfit.workers.decoder import DecoderLayer, LayerWeights, NormLayer
 from tightfit.workers.decoder_config import DecoderConfig, Position
 from tightfit.workers.errors import CheckpointError, StageError
 from tightfit.workers.kv_cache import KVCache
 from tightfit.workers.model_formats import ModelFormats, Role, model_formats
 from tightfit.workers.shard_bytes import MAX_LOGIT_ROWS, head_is_shared
+from tightfit.workers.stored import StoredScheme
 
 Progress = Callable[[LoadProgress], None]
 
-DERIVED_TENSORS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
-"""Ends of the names of buffers that older versions of transformers saved, made from the config."""
+DERIVED_TENSORS = (
+    ".rotary_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".weight_shape",
+    ".weight_format",
+)
+"""Ends of the names of tensors that say what the config says too."""
 
 
-def spec_formats(spec: StageSpec) -> ModelFormats:
+def spec_formats(config: DecoderConfig, spec: StageSpec) -> ModelFormats:
     """The formats that a stage is told to use."""
-    return model_formats(spec.format, head=spec.head_format)
+    return model_formats(config, spec.format, head=spec.head_format)
 
 
 class _Reader:
@@ -48,8 +63,9 @@ class _Reader:
         self._checkpoint, self._config, self._spec = checkpoint, config, spec
         self._report = progress
         self._prefix = self._find_prefix()
+        self._shapes = {linear.name: (linear.n_out, linear.n_in) for linear in config.linears()}
         wanted = [(self._full(name), shape) for name, shape in self._wanted()]
-        checkpoint.validate(wanted)
+        checkpoint.validate(wanted, {self._full(name) for name in config.integer_tensors()})
         self._refuse_unknown({name for name, _ in wanted})
         self._total = sum(checkpoint.nbytes(name) for name, _ in wanted)
         self._done = 0
@@ -67,8 +83,7 @@ class _Reader:
         )  # fmt: skip
 
     def _full(self, name: str) -> str:
-        own = f"{self._config.names.head}.weight"
-        return name if name == own else self._prefix + name
+        return name if name.startswith(f"{self._config.names.head}.") else self._prefix + name
 
     def _wanted(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         config, spec = self._config, self._spec
@@ -77,7 +92,7 @@ class _Reader:
         for i in range(spec.first_layer, spec.end_layer):
             yield from config.layer_tensors(i)
         if spec.is_last:
-            shared = spec.is_first and head_is_shared(config, spec_formats(spec))
+            shared = spec.is_first and head_is_shared(config, spec_formats(config, spec))
             embedding = f"{config.names.embedding}.weight"
             for name, shape in config.head_tensors():
                 if not (shared and name == embedding):
@@ -90,13 +105,21 @@ class _Reader:
         layers = range(self._spec.first_layer, self._spec.end_layer)
         ours = tuple(self._full(f"{some}{i}.") for i in layers)
         for name in sorted(self._checkpoint.names() - wanted):
-            if name.startswith(ours) and not name.endswith(DERIVED_TENSORS):
+            if name.startswith(ours) and not (
+                name.endswith(DERIVED_TENSORS) or self._is_empty_bias(name)
+            ):
                 raise CheckpointError(
                     self._spec.model_path,
                     name,
                     f"a {self._config.family} layer with this config has no such tensor; the "
                     f"config does not belong to these weights, or the model is not supported",
                 )
+
+    def _is_empty_bias(self, name: str) -> bool:
+        """As GPTQ's tools write for layers that have none."""
+        if self._config.stored is None or not name.endswith(".bias"):
+            return False
+        return not bool(self._checkpoint.read(name).any())
 
     def read(self, name: str) -> Tensor:
         """One tensor, as stored."""
@@ -119,6 +142,32 @@ class _Reader:
         assert stacked is not None
         return stacked
 
+    def weight(self, names: tuple[str, ...]) -> Tensor | StoredLinear:
+        """The weights of some linear layers, one below the other; quantised ones are widened if
+        they are not all quantised in one way."""
+        schemes = [self._config.stored_scheme(name) for name in names]
+        if not any(schemes):
+            return self.stack([f"{name}.weight" for name in names])
+        parts = [
+            self.read(f"{name}.weight") if scheme is None else self._stored(name, scheme)
+            for name, scheme in zip(names, schemes, strict=True)
+        ]
+        quantized = [part for part in parts if isinstance(part, StoredLinear)]
+        whole = stacked(quantized) if len(quantized) == len(parts) else None
+        if whole is not None:
+            return whole
+        return torch.cat(
+            [part.dequantize() if isinstance(part, StoredLinear) else part for part in parts]
+        )
+
+    def _stored(self, name: str, scheme: StoredScheme) -> StoredLinear:
+        n_out, n_in = self._shapes[name]
+        tensors = {
+            full.rpartition(".")[2]: self.read(full)
+            for full, _ in scheme.tensors(name, n_out, n_in)
+        }
+        return read_stored(tensors, scheme, n_out, n_in)
+
     def note(self, message: str, phase: str = "loading") -> None:
         """Report how far the load has come."""
         if self._report is not None:
@@ -138,7 +187,7 @@ class ShardModel:
 
     def __init__(self, config: DecoderConfig, spec: StageSpec) -> None:
         self.config, self.spec = config, spec
-        self.formats = spec_formats(spec)
+        self.formats = spec_formats(config, spec)
         self.dtype = DTYPES[self.formats.activations]
         self.layers: list[DecoderLayer] = []
         self.crossover_tokens: dict[str, int] = {}
@@ -190,21 +239,44 @@ class ShardModel:
         return shard
 
     def _linear(
-        self, reader: _Reader, role: Role, names: tuple[str, ...], *, bias: bool = False
+        self,
+        reader: _Reader,
+        role: Role,
+        names: tuple[str, ...],
+        *,
+        layer: int | None = None,
+        bias: bool = False,
+        rows: Tensor | None = None,
     ) -> Linear:
-        """One linear layer out of one or several stacked ones, quantised."""
-        weight = reader.stack([f"{name}.weight" for name in names])
+        """One linear layer out of one or several stacked ones, in its format; `rows`: in what order
+        its output features are wanted."""
         biases = reader.stack([f"{name}.bias" for name in names]) if bias else None
-        return self._quantized(role, names[0], weight, biases)
-
-    def _quantized(self, role: Role, name: str, weight: Tensor, bias: Tensor | None) -> Linear:
-        scheme = self.formats.scheme(role)
+        if biases is not None and rows is not None:
+            biases = biases[rows]
+        scheme = self.formats.scheme(role, layer)
         try:
+            weight = reader.weight(names)
+            if rows is not None:
+                weight = weight[rows] if isinstance(weight, Tensor) else weight.rows(rows)
+            if isinstance(weight, StoredLinear):
+                if self.formats.is_held(role, layer):
+                    return hold_linear(
+                        weight.weight,
+                        biases,
+                        scheme.format,
+                        order=weight.order,
+                        device=self.spec.device,
+                    )
+                weight = weight.dequantize()
             return quantize_linear(
-                weight, bias, scheme.format, group_size=scheme.group_size, device=self.spec.device
+                weight,
+                biases,
+                scheme.format,
+                group_size=scheme.group_size,
+                device=self.spec.device,
             )
         except ValueError as error:
-            raise CheckpointError(self.spec.model_path, name, str(error)) from error
+            raise CheckpointError(self.spec.model_path, names[0], str(error)) from error
 
     def _norm(self, reader: _Reader, name: str) -> NormLayer:
         tensors = {
@@ -216,37 +288,23 @@ class ShardModel:
     def _read_layer(self, reader: _Reader, i: int) -> LayerWeights:
         config, n = self.config, self.config.names
         qkv_names = tuple(name.format(i=i) for name in n.qkv)
-        if config.fused_qkv_by_head:
-            qkv = self._fused_by_head(reader, qkv_names[0])
-        else:
-            qkv = self._linear(reader, Role.QKV, qkv_names, bias=config.qkv_bias)
+        mlp_names = tuple(name.format(i=i) for name in n.mlp_up)
+        linear = partial(self._linear, reader, layer=i)
         return LayerWeights(
             attn_norm=self._norm(reader, n.attn_norm.format(i=i)),
-            qkv=qkv,
-            attn_out=self._linear(
-                reader, Role.ATTN_OUT, (n.attn_out.format(i=i),), bias=config.attn_out_bias
-            ),
+            qkv=linear(Role.QKV, qkv_names, bias=config.qkv_bias, rows=self._qkv_rows()),
+            attn_out=linear(Role.ATTN_OUT, (n.attn_out.format(i=i),), bias=config.attn_out_bias),
             mlp_norm=self._norm(reader, n.mlp_norm.format(i=i)),
-            mlp_up=self._linear(
-                reader,
-                Role.MLP_UP,
-                tuple(name.format(i=i) for name in n.mlp_up),
-                bias=config.mlp_bias,
-            ),
-            mlp_down=self._linear(
-                reader, Role.MLP_DOWN, (n.mlp_down.format(i=i),), bias=config.mlp_bias
-            ),
+            mlp_up=linear(Role.MLP_UP, mlp_names, bias=config.mlp_bias),
+            mlp_down=linear(Role.MLP_DOWN, (n.mlp_down.format(i=i),), bias=config.mlp_bias),
         )
 
-    def _fused_by_head(self, reader: _Reader, name: str) -> Linear:
+    def _qkv_rows(self) -> Tensor | None:
         """BLOOM's rows [H, (q, k, v), D] put as all q, all k, all v."""
+        if not self.config.fused_qkv_by_head:
+            return None
         heads, size = self.config.num_heads, self.config.head_dim
-        weight = reader.read(f"{name}.weight")
-        weight = weight.view(heads, 3, size, -1).transpose(0, 1).reshape(3 * heads * size, -1)
-        bias = None
-        if self.config.qkv_bias:
-            bias = reader.read(f"{name}.bias").view(heads, 3, size).transpose(0, 1).flatten()
-        return self._quantized(Role.QKV, name, weight, bias)
+        return torch.arange(3 * heads * size).view(heads, 3, size).transpose(0, 1).flatten()
 
     def _load_embedding(self, reader: _Reader) -> None:
         config, n = self.config, self.config.names

@@ -44,21 +44,30 @@ def _norm_bytes(config: DecoderConfig, formats: ModelFormats) -> int:
 
 
 def _linear_bytes(
-    formats: ModelFormats, role: Role, n_out: int, n_in: int, *, bias: bool = False
+    formats: ModelFormats,
+    role: Role,
+    n_out: int,
+    n_in: int,
+    *,
+    layer: int | None = None,
+    bias: bool = False,
 ) -> int:
-    scheme = formats.scheme(role)
+    scheme = formats.scheme(role, layer)
     return linear_bytes(scheme.format, n_out, n_in, group_size=scheme.group_size, bias=bias)
 
 
-def layer_bytes(config: DecoderConfig, formats: ModelFormats) -> int:
+def layer_bytes(config: DecoderConfig, formats: ModelFormats, layer: int) -> int:
     """Weights of one layer."""
     attn, hidden, mlp = config.num_heads * config.head_dim, config.hidden_size, config.mlp_bias
-    return (
-        2 * _norm_bytes(config, formats)
-        + _linear_bytes(formats, Role.QKV, config.qkv_out, hidden, bias=config.qkv_bias)
-        + _linear_bytes(formats, Role.ATTN_OUT, hidden, attn, bias=config.attn_out_bias)
-        + _linear_bytes(formats, Role.MLP_UP, config.mlp_up_out, hidden, bias=mlp)
-        + _linear_bytes(formats, Role.MLP_DOWN, hidden, config.intermediate_size, bias=mlp)
+    linears = (
+        (Role.QKV, config.qkv_out, hidden, config.qkv_bias),
+        (Role.ATTN_OUT, hidden, attn, config.attn_out_bias),
+        (Role.MLP_UP, config.mlp_up_out, hidden, mlp),
+        (Role.MLP_DOWN, hidden, config.intermediate_size, mlp),
+    )
+    return 2 * _norm_bytes(config, formats) + sum(
+        _linear_bytes(formats, role, n_out, n_in, layer=layer, bias=bias)
+        for role, n_out, n_in, bias in linears
     )
 
 
@@ -94,7 +103,7 @@ def model_bytes(config: DecoderConfig, formats: ModelFormats) -> ModelBytes:
     """Weights of the whole model."""
     return ModelBytes(
         embedding=embedding_bytes(config, formats),
-        layers=(layer_bytes(config, formats),) * config.num_layers,
+        layers=tuple(layer_bytes(config, formats, i) for i in range(config.num_layers)),
         head=head_bytes(config, formats),
         head_shared=head_is_shared(config, formats),
     )
@@ -110,7 +119,7 @@ def shard_bytes(
     has_head: bool,
 ) -> int:
     """Weights of one shard; equals what a loaded shard's tensors occupy."""
-    total = (end_layer - first_layer) * layer_bytes(config, formats)
+    total = sum(layer_bytes(config, formats, i) for i in range(first_layer, end_layer))
     if has_embedding:
         total += embedding_bytes(config, formats)
     if has_head:

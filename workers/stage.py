@@ -65,13 +65,13 @@ class Stage:
         self, spec: StageSpec, *, progress: Callable[[LoadProgress], None] | None = None
     ) -> None:
         self.spec = spec
-        self._formats = spec_formats(spec)
         if spec.num_threads is not None:
             torch.set_num_threads(spec.num_threads)
         base_rss = rss_anon_bytes()
         checkpoint = open_checkpoint(spec.model_path)
         try:
             self.config = decoder_config(checkpoint.config)
+            self._formats = spec_formats(self.config, spec)
             self._predicted = self._predict_weights()
             self._workspace = workspace_bytes(self.config, self._formats, spec.max_batch_tokens)
             num_blocks = self._plan_kv_blocks()
@@ -120,7 +120,7 @@ class Stage:
             total = self._predicted + self._workspace + needed * per_block
             raise BudgetError(
                 f"stage {spec.stage_index} (layers {spec.first_layer}-{spec.end_layer - 1}, "
-                f"{spec.format}) needs {total:,} bytes: {self._predicted:,} for weights, "
+                f"{self._formats.layers}) needs {total:,} bytes: {self._predicted:,} for weights, "
                 f"{self._workspace:,} for workspace, {needed * per_block:,} for {needed} KV "
                 f"block(s); its budget is {spec.memory_budget_bytes:,}. Give it more memory, "
                 f"add a stage, or choose a smaller format"
@@ -164,7 +164,7 @@ class Stage:
             stage_index=self.spec.stage_index,
             first_layer=self.spec.first_layer,
             end_layer=self.spec.end_layer,
-            format=self.spec.format,
+            format=str(self._formats.layers),
             device=self.spec.device,
             node_id=node_id,
             pid=os.getpid(),

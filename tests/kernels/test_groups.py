@@ -10,6 +10,7 @@ from tightfit.kernels.dispatch import quantize_linear
 from tightfit.kernels.formats import Format, linear_bytes
 from tightfit.kernels.groups import (
     Layout,
+    Quantized,
     grid,
     pack_blocks,
     pack_groups,
@@ -134,7 +135,14 @@ def test_groups_that_do_not_divide_the_features_are_refused():
     with pytest.raises(ValueError, match="groups of 128 do not divide 192"):
         quantize_groups(_random(2, 192), bits=4, group_size=128)
     with pytest.raises(ValueError, match=r"\[2, G\] with G a divisor of 192"):
-        pack_groups(_integers(2, 192, 4), torch.ones(2, 5), torch.zeros(2, 5), bits=4)
+        pack_groups(
+            Quantized(
+                bits=4,
+                integers=_integers(2, 192, 4),
+                scale=torch.ones(2, 5),
+                zero_point=torch.zeros(2, 5),
+            )
+        )
 
 
 @pytest.mark.parametrize(

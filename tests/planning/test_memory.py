@@ -35,12 +35,14 @@ SMOLLM2_135M = {
     "eos_token_id": 2,
     "bos_token_id": 1,
 }
-INT8, FP32 = model_formats("int8"), model_formats("fp32")
 SIZES = {"kv_blocks": 1, "block_size": 16, "max_batch_tokens": 512}
 
 
 def totals(model, fmt, split):
-    return [stage_bytes(model, fmt, first, end, **SIZES).total for first, end in split]
+    return [
+        stage_bytes(model, model_formats(model, fmt), first, end, **SIZES).total
+        for first, end in split
+    ]
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 5])
@@ -48,46 +50,63 @@ def test_stages_cover_all_layers_and_differ_by_less_than_two_layers_where_layers
     num_stages,
 ):
     model = decoder_config(BLOOM_176B)
-    split = plan_stages(model, INT8, num_stages=num_stages)
+    split = plan_stages(model, model_formats(model, "int8"), num_stages=num_stages)
     assert [first for first, _ in split] == [0, *(end for _, end in split[:-1])]
     assert split[-1][1] == 70
-    sizes = totals(model, INT8, split)
-    layer = stage_bytes(model, INT8, 1, 2, **SIZES).weights
+    sizes = totals(model, "int8", split)
+    layer = stage_bytes(model, model_formats(model, "int8"), 1, 2, **SIZES).weights
     assert max(sizes) - min(sizes) < 2 * layer
 
 
 def test_the_stage_with_the_wide_embedding_gets_fewer_layers_than_the_stage_in_the_middle():
-    split = plan_stages(decoder_config(BLOOM_176B), INT8, num_stages=5)
+    split = plan_stages(
+        decoder_config(BLOOM_176B), model_formats(decoder_config(BLOOM_176B), "int8"), num_stages=5
+    )
     counts = [end - first for first, end in split]
     assert counts[0] < counts[2]
     assert counts[4] < counts[2]
 
 
 def test_bloom_176b_in_int8_takes_the_bytes_that_the_literature_gives():
-    weights = stage_bytes(decoder_config(BLOOM_176B), INT8, 0, 70, **SIZES).weights
+    weights = stage_bytes(
+        decoder_config(BLOOM_176B),
+        model_formats(decoder_config(BLOOM_176B), "int8"),
+        0,
+        70,
+        **SIZES,
+    ).weights
     # 172.6 G parameters of layers at one byte, the embedding in 16 bit and the head in 8.
     assert weights == pytest.approx(172.6e9 + 7.2e9 + 3.6e9, rel=0.01)
 
 
 def test_a_tied_head_is_counted_once_on_a_single_stage():
     model = decoder_config(SMOLLM2_135M)
-    one = stage_bytes(model, FP32, 0, 30, **SIZES).weights
+    one = stage_bytes(model, model_formats(model, "fp32"), 0, 30, **SIZES).weights
     assert one == pytest.approx(134.5e6 * 4, rel=0.01)
-    budget = stage_bytes(model, FP32, 0, 30, **SIZES).total
-    assert plan_stages(model, FP32, num_stages=1, budget_bytes=budget) == [(0, 30)]
+    budget = stage_bytes(model, model_formats(model, "fp32"), 0, 30, **SIZES).total
+    assert plan_stages(model, model_formats(model, "fp32"), num_stages=1, budget_bytes=budget) == [
+        (0, 30)
+    ]
     with pytest.raises(PlacementError, match="lacks 1 bytes"):
-        plan_stages(model, FP32, num_stages=1, budget_bytes=budget - 1)
+        plan_stages(model, model_formats(model, "fp32"), num_stages=1, budget_bytes=budget - 1)
 
 
 def test_every_stage_of_a_plan_keeps_its_budget_with_workspace_and_kv():
     model = decoder_config(SMOLLM2_135M)
-    best = max(totals(model, INT8, plan_stages(model, INT8, num_stages=3)))
-    split = plan_stages(model, INT8, num_stages=3, budget_bytes=best)
-    assert max(totals(model, INT8, split)) <= best
+    best = max(
+        totals(model, "int8", plan_stages(model, model_formats(model, "int8"), num_stages=3))
+    )
+    split = plan_stages(model, model_formats(model, "int8"), num_stages=3, budget_bytes=best)
+    assert max(totals(model, "int8", split)) <= best
     with pytest.raises(PlacementError, match="lacks"):
-        plan_stages(model, INT8, num_stages=3, budget_bytes=best - 1)
+        plan_stages(model, model_formats(model, "int8"), num_stages=3, budget_bytes=best - 1)
 
 
 def test_a_budget_below_the_workspace_says_which_setting_to_lower():
     with pytest.raises(PlacementError, match="Lower max_batch_tokens"):
-        plan_stages(decoder_config(SMOLLM2_135M), INT8, num_stages=2, budget_bytes=10 * 2**20)
+        plan_stages(
+            decoder_config(SMOLLM2_135M),
+            model_formats(decoder_config(SMOLLM2_135M), "int8"),
+            num_stages=2,
+            budget_bytes=10 * 2**20,
+        )

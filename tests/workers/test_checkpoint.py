@@ -209,9 +209,20 @@ def test_weights_that_are_stored_quantised_are_refused_when_wanted(tmp_path, suf
     _single(tmp_path, suffix, {"w": torch.ones(2, 2, dtype=dtype), "a": torch.ones(1)})
     checkpoint = open_checkpoint(tmp_path)
     assert torch.equal(checkpoint.read("a"), torch.ones(1))
-    for refused in (lambda: checkpoint.validate([("w", (2, 2))]), lambda: checkpoint.read("w")):
-        with pytest.raises(CheckpointError, match=r"tensor w: is stored as .*fp32, bf16, fp16"):
-            refused()
+    with pytest.raises(CheckpointError, match=r"tensor w: is stored as .*fp32, bf16, fp16"):
+        checkpoint.validate([("w", (2, 2))])
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.int64])
+def test_whole_numbers_are_read_where_they_are_wanted(tmp_path, suffix, dtype):
+    stored = torch.tensor([[3, 4]]).to(dtype)
+    _single(tmp_path, suffix, {"w": stored, "a": torch.ones(1)})
+    checkpoint = open_checkpoint(tmp_path)
+    checkpoint.validate([("w", (1, 2)), ("a", (1,))], {"w"})
+    assert torch.equal(checkpoint.read("w"), stored)
+    with pytest.raises(CheckpointError, match=r"tensor a: .* should hold quantised whole numbers"):
+        checkpoint.validate([("a", (1,))], {"a"})
 
 
 def test_float8_safetensors_are_refused_when_wanted(tmp_path):

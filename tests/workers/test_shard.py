@@ -109,13 +109,13 @@ def test_predicted_bytes_are_the_bytes_held(models, variant, fmt, num_stages):
     for shard in chain.shards:
         spec = shard.spec
         predicted = shard_bytes(
-            chain.config, model_formats(fmt), spec.first_layer, spec.end_layer,
+            chain.config, model_formats(chain.config, fmt), spec.first_layer, spec.end_layer,
             has_embedding=spec.is_first, has_head=spec.is_last,
         )  # fmt: skip
         assert shard.weight_bytes == predicted
         layers = spec.end_layer - spec.first_layer
         assert shard.kv_cache_bytes == BLOCKS * kv_block_bytes(
-            chain.config, model_formats(fmt), layers, BLOCK
+            chain.config, model_formats(chain.config, fmt), layers, BLOCK
         )
 
 
@@ -204,7 +204,7 @@ def test_a_mistral_window_limits_the_context(models):
 @pytest.mark.parametrize(("fmt", "head"), [("int4", "int8"), ("int3", "int8"), ("bf16", "bf16")])
 def test_the_head_is_in_int8_where_the_layers_have_fewer_bits(models, fmt, head):
     shard = Chain(models("llama").path, 1, fmt).shards[0]
-    assert shard.formats == model_formats(fmt, head=head)
+    assert shard.formats == model_formats(shard.config, fmt, head=head)
 
 
 def test_the_head_has_a_format_of_its_own_when_asked(models):
@@ -215,4 +215,4 @@ def test_the_head_has_a_format_of_its_own_when_asked(models):
     assert dense.weight_bytes < same.weight_bytes  # the embedding itself, held once
     assert small.weight_bytes < same.weight_bytes
     with pytest.raises(ValueError, match="choose fp32 for both or for neither"):
-        model_formats("fp32", head="int8")
+        model_formats(same.config, "fp32", head="int8")

@@ -6,7 +6,7 @@ import json
 import math
 import mmap
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -21,7 +21,15 @@ DTYPE_NAMES: Final = {
     torch.float16: "fp16",
     torch.float64: "fp64",
 }
-"""Stored dtypes that can be served, and how they are called here."""
+"""Stored dtypes of weights that were not quantised, and how they are called here."""
+
+INTEGER_NAMES: Final = {
+    torch.int8: "int8",
+    torch.uint8: "uint8",
+    torch.int32: "int32",
+    torch.int64: "int64",
+}
+"""Stored dtypes of whole numbers in checkpoints that are already quantised."""
 
 COPY_BELOW_BYTES: Final = 2**20
 """Smaller tensors are copied out: a norm kept for good shall not keep a shard file mapped."""
@@ -61,8 +69,11 @@ class Checkpoint(Protocol):
         writing into it ends the process. It stays valid after `close`.
         """
 
-    def validate(self, wanted: Iterable[tuple[str, tuple[int, ...]]]) -> None:
-        """Check that these tensors are there, whole, with these shapes and a usable dtype.
+    def validate(
+        self, wanted: Iterable[tuple[str, tuple[int, ...]]], integers: Container[str] = ()
+    ) -> None:
+        """Check that these tensors are there, whole, with these shapes and a usable dtype: of whole
+        numbers for those in `integers`, else floating.
 
         Opens the files that hold them and reads headers only.
         """
@@ -103,14 +114,19 @@ def check_shape(
         )
 
 
-def check_dtype(path: Path, name: str, dtype: str) -> None:
+def check_dtype(path: Path, name: str, dtype: str, *, is_integer: bool = False) -> None:
     """Raise CheckpointError unless tensors stored so can be served."""
+    if is_integer:
+        if dtype not in INTEGER_NAMES.values():
+            problem = f"is stored as {dtype}; by config.json it should hold quantised whole numbers"
+            raise CheckpointError(path, name, problem)
+        return
     if dtype not in DTYPE_NAMES.values():
         raise CheckpointError(
             path,
             name,
             f"is stored as {dtype}; weights are read from {', '.join(DTYPE_NAMES.values())}. "
-            "Use the checkpoint that was not quantised",
+            "config.json says nothing of a quantisation; use the checkpoint that was not quantised",
         )
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from torch import Tensor
 
-from tightfit.workers.checkpoints.base import check_dtype, check_shape, read_json_object
+from tightfit.workers.checkpoints.base import (
+    INTEGER_NAMES,
+    check_dtype,
+    check_shape,
+    read_json_object,
+)
 from tightfit.workers.errors import CheckpointError
 
 CONFIG_FILE: Final = "config.json"
@@ -122,15 +127,18 @@ class DirectoryCheckpoint:
     def read(self, name: str) -> Tensor:
         """See `Checkpoint`."""
         file = self._find(name)
-        check_dtype(self._where[name], name, file.dtype(name))
+        dtype = file.dtype(name)
+        check_dtype(self._where[name], name, dtype, is_integer=dtype in INTEGER_NAMES.values())
         return file.read(name)
 
-    def validate(self, wanted: Iterable[tuple[str, tuple[int, ...]]]) -> None:
+    def validate(
+        self, wanted: Iterable[tuple[str, tuple[int, ...]]], integers: Container[str] = ()
+    ) -> None:
         """See `Checkpoint`."""
         for name, shape in wanted:
             file, path = self._find(name), self._where[name]
             check_shape(path, name, expected=shape, found=file.shape(name))
-            check_dtype(path, name, file.dtype(name))
+            check_dtype(path, name, file.dtype(name), is_integer=name in integers)
 
     def close(self) -> None:
         """See `Checkpoint`."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -131,7 +131,9 @@ class GGUFCheckpoint:
         """See `Checkpoint`."""
         return self._info(name).nbytes
 
-    def validate(self, wanted: Iterable[tuple[str, tuple[int, ...]]]) -> None:
+    def validate(
+        self, wanted: Iterable[tuple[str, tuple[int, ...]]], integers: Container[str] = ()
+    ) -> None:
         """See `Checkpoint`."""
         for name, shape in wanted:
             info = self._info(name)

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from tightfit.workers.checkpoints.base import DTYPE_NAMES, MappedFile
+from tightfit.workers.checkpoints.base import DTYPE_NAMES, INTEGER_NAMES, MappedFile
 from tightfit.workers.errors import CheckpointError
 
 DTYPES: Final = {
@@ -23,7 +23,12 @@ DTYPES: Final = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
 }
+ALL_NAMES: Final = {**DTYPE_NAMES, **INTEGER_NAMES}
 ITEM_BYTES: Final = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2,
     "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -110,7 +115,7 @@ class SafetensorsFile:
     def dtype(self, name: str) -> str:
         """See `Checkpoint`."""
         stored = self._entries[name].dtype
-        return DTYPE_NAMES[DTYPES[stored]] if stored in DTYPES else stored
+        return ALL_NAMES[DTYPES[stored]] if stored in DTYPES else stored
 
     def nbytes(self, name: str) -> int:
         """See `Checkpoint`."""
