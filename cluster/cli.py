@@ -16,14 +16,18 @@ from pathlib import Path
 from tightfit import __version__
 from tightfit.cluster.config import (
     ClientConfig,
+    QuantizeConfig,
     ServeConfig,
     client_config,
+    quantize_config,
     read_config_file,
     serve_config,
 )
 from tightfit.cluster.errors import ConfigError, TightfitError
 from tightfit.cluster.settings import Setting, settings
 from tightfit.workers.errors import WorkerError
+
+Section = type[ServeConfig | ClientConfig | QuantizeConfig]
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -74,6 +78,16 @@ def _serve(args: argparse.Namespace) -> int:
     return serve(config)
 
 
+def _quantize(args: argparse.Namespace) -> int:
+    try:
+        config = quantize_config(_file(args), _flags(args, QuantizeConfig))
+    except ConfigError as error:
+        raise _UsageError(str(error)) from None
+    from tightfit.cluster.quantize import quantize
+
+    return quantize(config, as_json=args.json)
+
+
 def _generate(args: argparse.Namespace) -> int:
     config = _client(args)
     from tightfit.cluster.cli_client import generate
@@ -106,9 +120,7 @@ def _file(args: argparse.Namespace) -> dict[str, dict[str, object]]:
     return read_config_file(args.config) if args.config is not None else {}
 
 
-def _flags(
-    args: argparse.Namespace, section: type[ServeConfig | ClientConfig]
-) -> dict[str, object]:
+def _flags(args: argparse.Namespace, section: Section) -> dict[str, object]:
     """Settings that were given as flags, by key."""
     return {
         setting.key: getattr(args, setting.key)
@@ -144,6 +156,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     serve.set_defaults(run=_serve)
 
+    quantize = commands.add_parser("quantize", help="write a quantised checkpoint")
+    for name, text in (
+        ("model", "checkpoint directory, GGUF file or hub name (org/name)"),
+        ("out", "directory to write; a run that was interrupted goes on there"),
+    ):
+        default = f"{text}; default: quantize.{name} of the configuration file"
+        quantize.add_argument(
+            name, nargs="?", default=argparse.SUPPRESS, metavar=name.upper(), help=default
+        )
+    _add_config(quantize, QuantizeConfig)
+    quantize.add_argument("--json", action="store_true", help="print JSON")
+    quantize.set_defaults(run=_quantize)
+
     generate = commands.add_parser("generate", help="stream the answer of a running service")
     generate.add_argument("prompt", metavar="PROMPT", help='the prompt; "-" reads standard input')
     _add_config(generate, ClientConfig)
@@ -164,7 +189,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_config(parser: argparse.ArgumentParser, section: type[ServeConfig | ClientConfig]) -> None:
+def _add_config(parser: argparse.ArgumentParser, section: Section) -> None:
     """`--config`, and a flag per setting of the section; one that is not given leaves no trace."""
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML configuration file")
     group = parser.add_argument_group("settings (each also a key of the configuration file)")

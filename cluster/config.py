@@ -165,7 +165,45 @@ class ClientConfig:
     )
 
 
-SECTIONS: Mapping[str, type[Any]] = {"serve": ServeConfig, "client": ClientConfig}
+def _group_size(text: str) -> int | None:
+    if text == AUTO:
+        return None
+    if text == "channel":
+        return 0
+    if not text.isdecimal() or int(text) == 0:
+        raise ValueError(f"{text!r} is neither a number of features, nor {AUTO} or channel")
+    return int(text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeConfig:
+    """Everything that `tightfit quantize` can be told."""
+
+    model: Annotated[str, Option("Checkpoint directory, GGUF file, or hub name (org/name).")]
+    out: Annotated[str, Option("Directory to write; what an interrupted run left is kept.")]
+    format: Annotated[str, Option("Of the layers' weights.", choices=("int8", "int4", "int3"))] = (
+        "int4"
+    )
+    group_size: Annotated[
+        str,
+        Option(
+            "Input features that share a scale in int4 and int3: a number, channel (all of an "
+            "output channel), or auto (128, or 64 or 32 where those divide all layers' widths).",
+            check=_group_size,
+        ),
+    ] = AUTO
+
+    @property
+    def group_features(self) -> int | None:
+        """As a number: None is auto, 0 a whole channel."""
+        return _group_size(self.group_size)
+
+
+SECTIONS: Mapping[str, type[Any]] = {
+    "serve": ServeConfig,
+    "client": ClientConfig,
+    "quantize": QuantizeConfig,
+}
 
 
 def read_config_file(path: Path) -> dict[str, dict[str, object]]:
@@ -202,3 +240,12 @@ def client_config(file: Mapping[str, Values], flags: Values | None = None) -> Cl
     if "target" not in values and listen is not None:
         values["target"] = re.sub(r"^(0\.0\.0\.0|\[::\]):", "127.0.0.1:", str(listen))
     return build(ClientConfig, "client", values)
+
+
+def quantize_config(file: Mapping[str, Values], flags: Values | None = None) -> QuantizeConfig:
+    """What to quantise: `flags` (by key) over the file's `quantize` section.
+
+    Raises:
+        ConfigError: see `build`.
+    """
+    return build(QuantizeConfig, "quantize", {**file.get("quantize", {}), **(flags or {})})

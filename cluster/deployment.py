@@ -162,7 +162,7 @@ def make_engine(
             num_layers=model.config.num_layers,
             vocab_size=model.config.vocab_size,
             max_context_tokens=scheduler.config.max_context,
-            weight_format=config.format,
+            weight_format=replica.statuses[0].format,
             eos_token_ids=eos,
             num_stages=config.stages,
         ),

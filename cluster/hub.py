@@ -179,3 +179,20 @@ def _ggufs(names: Sequence[str]) -> list[str]:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names) or "none"
+
+
+def resolve_model(model: str) -> Path:
+    """The checkpoint directory or GGUF file that MODEL names; from a hub when it is not here.
+
+    Raises:
+        ConfigError: nothing is there.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        return path.absolute()  # not resolved: caches link to files whose names say nothing
+    if name := parse_hub_name(model):
+        return download(name)
+    raise ConfigError(
+        f"{model}: no such directory or GGUF file. Give a checkpoint directory (config.json with "
+        "safetensors or .bin shards), a .gguf file, or a hub name such as bigscience/bloom-560m"
+    )

@@ -20,7 +20,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tightfit.cluster.errors import ConfigError, PlacementError, UnavailableError
-from tightfit.cluster.hub import download, parse_hub_name
+from tightfit.cluster.hub import resolve_model
 from tightfit.cluster.pipeline import LinkedStages
 from tightfit.workers.actor import StageActor
 from tightfit.workers.api import LoadProgress, StageSpec, StageStatus
@@ -369,20 +369,3 @@ def describe_model(model: str) -> ModelDescription:
         )
     finally:
         checkpoint.close()
-
-
-def resolve_model(model: str) -> Path:
-    """The checkpoint directory or GGUF file that MODEL names; from a hub when it is not here.
-
-    Raises:
-        ConfigError: nothing is there.
-    """
-    path = Path(model).expanduser()
-    if path.exists():
-        return path.absolute()  # not resolved: caches link to files whose names say nothing
-    if name := parse_hub_name(model):
-        return download(name)
-    raise ConfigError(
-        f"{model}: no such directory or GGUF file. Give a checkpoint directory (config.json with "
-        "safetensors or .bin shards), a .gguf file, or a hub name such as bigscience/bloom-560m"
-    )

@@ -20,6 +20,7 @@ Layouts of the integers, `GroupWeight.packed`:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -230,14 +231,11 @@ def quantize_groups(
             number of groups.
     """
     check_matrix(weight)
-    n_out, n_in = weight.shape
+    n_in = weight.shape[1]
     group_size = default_group_size(n_in) if group_size is None else group_size
-    if n_in % group_size:
-        raise ValueError(f"groups of {group_size} do not divide {n_in} input features")
-    step = max(BLOCK_ROWS, SCRATCH_ELEMENTS // max(1, n_in) // BLOCK_ROWS * BLOCK_ROWS)
     parts = [
-        _quantize_part(part, first, bits=bits, group_size=group_size, layout=layout, device=device)
-        for first, part in zip(range(0, n_out, step), torch.split(weight, step), strict=True)
+        pack_groups(part, layout=layout)
+        for part in _rounded(weight, bits=bits, group_size=group_size, device=device)
     ]
     return GroupWeight(
         bits=bits,
@@ -249,18 +247,37 @@ def quantize_groups(
     )
 
 
-def _quantize_part(
-    rows: Tensor, first: int, *, bits: int, group_size: int, layout: Layout, device: str
-) -> GroupWeight:
-    """Some rows, the first of which is row `first` of the weight."""
-    wide = rows.to(device=device, dtype=torch.float32, copy=True)
-    groups = wide.view(wide.shape[0], -1, group_size)
-    finite = torch.isfinite(wide).all(dim=1)
-    if not bool(finite.all()):
-        row = first + int((~finite).nonzero()[0])
-        raise ValueError(f"the weight has a NaN or infinite entry in row {row}")
-    scale, zero_point = grid(groups, bits=bits)
-    groups.div_(scale.float()[..., None]).round_().add_(zero_point[..., None])
-    integers = wide.clamp_(0, 2**bits - 1).to(torch.uint8)
-    quantized = Quantized(bits=bits, integers=integers, scale=scale, zero_point=zero_point)
-    return pack_groups(quantized, layout=layout)
+def round_to_nearest(weight: Tensor, *, bits: int, group_size: int | None = None) -> Quantized:
+    """The same, not packed; None: one group for each output channel.
+
+    Raises:
+        ValueError: as `quantize_groups`.
+    """
+    check_matrix(weight)
+    size = weight.shape[1] if group_size is None else group_size
+    parts = list(_rounded(weight, bits=bits, group_size=size, device=str(weight.device)))
+    return Quantized(
+        bits=bits,
+        integers=torch.cat([part.integers for part in parts]),
+        scale=torch.cat([part.scale for part in parts]),
+        zero_point=torch.cat([part.zero_point for part in parts]),
+    )
+
+
+def _rounded(weight: Tensor, *, bits: int, group_size: int, device: str) -> Iterator[Quantized]:
+    """Blocks of rows, each read once and widened to fp32 by itself."""
+    n_out, n_in = weight.shape
+    if n_in % group_size:
+        raise ValueError(f"groups of {group_size} do not divide {n_in} input features")
+    step = max(BLOCK_ROWS, SCRATCH_ELEMENTS // max(1, n_in) // BLOCK_ROWS * BLOCK_ROWS)
+    for first in range(0, n_out, step):
+        wide = weight[first : first + step].to(device=device, dtype=torch.float32, copy=True)
+        finite = torch.isfinite(wide).all(dim=1)
+        if not bool(finite.all()):
+            row = first + int((~finite).nonzero()[0])
+            raise ValueError(f"the weight has a NaN or infinite entry in row {row}")
+        groups = wide.view(wide.shape[0], -1, group_size)
+        scale, zero_point = grid(groups, bits=bits)
+        groups.div_(scale.float()[..., None]).round_().add_(zero_point[..., None])
+        integers = wide.clamp_(0, 2**bits - 1).to(torch.uint8)
+        yield Quantized(bits=bits, integers=integers, scale=scale, zero_point=zero_point)

@@ -11,12 +11,15 @@ from tightfit.cluster.config import (
     SECTIONS,
     ServeConfig,
     client_config,
+    quantize_config,
     read_config_file,
     serve_config,
     split_address,
 )
 from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.settings import settings
+
+MAKERS = {"serve": serve_config, "client": client_config, "quantize": quantize_config}
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "configs" / "serve").glob("*.yaml"))
 
@@ -153,9 +156,10 @@ def test_no_value_of_any_type_gets_past_the_checks_with_another_error(section, d
         st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.lists(st.integers())
     )
     setting = data.draw(st.sampled_from(settings(SECTIONS[section])))
-    given_values = {"model": "m"} if section == "serve" else {}
+    required = {"serve": {"model": "m"}, "client": {}, "quantize": {"model": "m", "out": "o"}}
+    given_values = required[section]
     given_values[setting.key] = data.draw(values)
-    make = serve_config if section == "serve" else client_config
+    make = MAKERS[section]
     complaint, value = "", None
     try:
         value = getattr(make({section: given_values}), setting.name)

@@ -20,7 +20,7 @@ SMALL = ["config.json", "tokenizer.json", "merges.txt", "chat_template.jinja"]
 RESOLVE = """
 import sys
 from tightfit.cluster.errors import ConfigError
-from tightfit.cluster.launch import resolve_model
+from tightfit.cluster.hub import resolve_model
 try:
     print(resolve_model(sys.argv[1]))
 except ConfigError as error:

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
-from tightfit.kernels.formats import WEIGHT_BITS, Format, activation_dtype
+from tightfit.kernels.formats import GROUP_SIZES, WEIGHT_BITS, Format, activation_dtype
 from tightfit.workers.decoder_config import DecoderConfig
 from tightfit.workers.stored import StoredScheme
 
@@ -46,6 +47,8 @@ class ModelFormats:
     """Of the blocks' linear layers; where the checkpoint's differ, of most."""
     head: Format
     """Of the LM head."""
+    group_size: int | None = None
+    """Input features that share a scale in the blocks' layers; None: each layer has its default."""
     stored: tuple[Mapping[Role, Scheme], ...] = ()
     """For each layer, what is held as the checkpoint has it; empty: nothing is."""
 
@@ -67,7 +70,9 @@ class ModelFormats:
         """Of one linear layer; `layer` is None for those outside the blocks."""
         if layer is not None and self.is_held(role, layer):
             return self.stored[layer][role]
-        return Scheme(format=self.head if role is Role.HEAD else self.layers)
+        if role is Role.HEAD:
+            return Scheme(format=self.head)
+        return Scheme(format=self.layers, group_size=None if layer is None else self.group_size)
 
 
 def model_formats(config: DecoderConfig, layers: str = AUTO, *, head: str = AUTO) -> ModelFormats:
@@ -87,16 +92,25 @@ def model_formats(config: DecoderConfig, layers: str = AUTO, *, head: str = AUTO
     stored = tuple(_stored_layer(config, i, layers) for i in range(config.num_layers))
     fmt = _most_common(stored) if layers == AUTO else Format(layers)
     stored = stored if any(stored) else ()
+    make = partial(ModelFormats, layers=fmt, group_size=common_group_size(config), stored=stored)
     if head == AUTO:
         small = fmt in WEIGHT_BITS
-        return ModelFormats(layers=fmt, head=Format.INT8 if small else fmt, stored=stored)
+        return make(head=Format.INT8 if small else fmt)
     head_fmt = Format(head)
     if activation_dtype(head_fmt) != activation_dtype(fmt):
         raise ValueError(
             f"layers in {fmt} compute in {activation_dtype(fmt)} and a head in {head_fmt} in "
             f"{activation_dtype(head_fmt)}: choose fp32 for both or for neither"
         )
-    return ModelFormats(layers=fmt, head=head_fmt, stored=stored)
+    return make(head=head_fmt)
+
+
+def common_group_size(config: DecoderConfig) -> int | None:
+    """The largest usual group size that divides the width of every layer in a block, if there is
+    one: transformers reads a checkpoint only if all its layers share one."""
+    widths = {linear.n_in for linear in config.layer_linears(0)}
+    fits = (size for size in GROUP_SIZES if all(width % size == 0 for width in widths))
+    return next(fits, None)
 
 
 def _most_common(stored: Iterable[Mapping[Role, Scheme]]) -> Format:

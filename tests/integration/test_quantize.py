@@ -1,0 +1,50 @@
+"""`tightfit quantize`, then `tightfit serve` of what it wrote."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from served import Served, save_model
+from shard_chain import Chain, part, random_tokens, tables
+
+from tightfit.client import Client
+
+pytestmark = pytest.mark.slow
+
+
+def quantize(*arguments):
+    command = [sys.executable, "-m", "tightfit.cluster.cli", "quantize", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_a_model_quantised_by_the_command_line_is_served_as_it_was_written(tmp_path):
+    model = save_model("llama", tmp_path / "model")
+    config = tmp_path / "tightfit.yaml"
+    section = {"model": str(model.path), "out": str(tmp_path / "out"), "group_size": "16"}
+    config.write_text(json.dumps({"quantize": section}))
+    done = quantize("--config", config, "--format", "int4", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "embedding: 0 bytes of" in done.stderr
+    assert json.loads(done.stdout)["bits_per_weight"] == 4 + 20 / 16
+    tokens = random_tokens(60, seed=8)
+    exact = Chain(tmp_path / "out", 1, "auto").log_probs([part(0, tables()[0], 0, tokens)])
+    with Served(tmp_path / "out", "--stages", "2") as served, Client(served.target) as client:
+        assert client.model().weight_format == "int4"
+        scores = client.score(tokens)
+        stages = client.status().stages
+    expected = [float(exact[i, token]) for i, token in enumerate(tokens[1:])]
+    assert scores.logprobs == pytest.approx(expected, abs=0.1)
+    assert [stage.format for stage in stages] == ["int4", "int4"]
+    for stage in stages:
+        assert stage.memory.predicted_weight_bytes == stage.memory.weight_bytes
+
+
+def test_what_cannot_be_quantised_exits_with_1_and_a_reason_and_wrong_usage_with_2(tmp_path):
+    missing = quantize(tmp_path / "nothing", tmp_path / "out")
+    assert missing.returncode == 1
+    assert "no such directory or GGUF file" in missing.stderr
+    wrong = quantize("m", tmp_path / "out", "--group-size", "none")
+    assert wrong.returncode == 2
+    assert "neither a number of features, nor auto or channel" in wrong.stderr
+    assert not (tmp_path / "out").exists()

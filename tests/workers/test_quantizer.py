@@ -1,0 +1,218 @@
+"""Writing a quantised checkpoint: what is in it, who can read it, and what a kill leaves."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import quantized_checkpoints
+import tiny_models
+import torch
+from shard_chain import Chain, part, random_tokens, tables
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+from tightfit.workers.api import StageSpec
+from tightfit.workers.checkpoint import open_checkpoint
+from tightfit.workers.checkpoints.written import file_hash
+from tightfit.workers.decoder_config import decoder_config
+from tightfit.workers.errors import CheckpointError
+from tightfit.workers.quantizer import QuantizeJob, quantize_checkpoint
+from tightfit.workers.shard import ShardModel
+
+FORMATS = ("int8", "int4", "int3")
+FILES = tiny_models.LAYERS + 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    made = {}
+
+    def get(variant="llama"):
+        if variant not in made:
+            path = tmp_path_factory.mktemp("m") / variant
+            tiny_models.build(variant, path).hf.bfloat16().save_pretrained(path)
+            made[variant] = path
+        return made[variant]
+
+    return get
+
+
+def _job(source, target, fmt="int4", **settings):
+    return QuantizeJob(source=str(source), target=str(target), format=fmt, **settings)
+
+
+def _log_probs(path, fmt, num_stages=2):
+    tokens = random_tokens(40, seed=2)
+    return Chain(path, num_stages, fmt).log_probs([part(0, tables()[0], 0, tokens)])
+
+
+def _hashes(path):
+    return {file.name: file_hash(file) for file in sorted(path.glob("*.safetensors"))}
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("variant", ["llama", "bloom", "opt-350m", "opt-no-bias", "llama-mha-tied"])
+def test_what_was_written_is_what_rounding_while_loading_gives(sources, tmp_path, fmt, variant):
+    result = quantize_checkpoint(_job(sources(variant), tmp_path / "out", fmt))
+    held = _log_probs(tmp_path / "out", "auto")
+    dense = _log_probs(sources(variant), fmt)
+    torch.testing.assert_close(held, dense, atol=1e-5, rtol=0)
+    assert result.num_layers == tiny_models.LAYERS
+    assert result.resumed_files == 0
+    assert result.written_bytes == sum(
+        file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")
+    )
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+@pytest.mark.parametrize("fmt", ["int8", "int4"])
+@pytest.mark.parametrize("variant", ["llama", "bloom", "opt"])
+@pytest.mark.parametrize("group_size", [16, 0])
+def test_transformers_reads_it_and_computes_what_we_do(sources, tmp_path, fmt, variant, group_size):
+    quantize_checkpoint(_job(sources(variant), tmp_path / "out", fmt, group_size=group_size))
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out",
+        dtype=torch.float32,
+        quantization_config=CompressedTensorsConfig(dequantize=True),
+    )
+    chain = Chain(tmp_path / "out", 1, "fp32")
+    names = chain.config.names
+    for i, layer in enumerate(chain.shards[0].layers):
+        name = f"{names.prefixes[0]}{names.mlp_down.format(i=i)}.weight"
+        # They widen to bf16 first.
+        torch.testing.assert_close(
+            layer.weights.mlp_down.weight, theirs.get_parameter(name), atol=1e-6, rtol=2**-8
+        )
+    tokens = random_tokens(40, seed=2)
+    exact = tiny_models.TinyModel(path=tmp_path, hf=theirs.eval()).log_probs(tokens)
+    mine = chain.log_probs([part(0, tables()[0], 0, tokens)])
+    assert (exact.exp() * (exact - mine)).sum(-1).mean() < 1e-3
+
+
+def test_the_bits_of_a_weight_count_scales_and_zero_points(sources, tmp_path):
+    by_channel = quantize_checkpoint(_job(sources(), tmp_path / "a", "int4", group_size=0))
+    in_groups = quantize_checkpoint(_job(sources(), tmp_path / "b", "int4", group_size=16))
+    assert in_groups.bits_per_weight == 4 + 20 / 16
+    assert 4 < by_channel.bits_per_weight < in_groups.bits_per_weight
+    assert quantize_checkpoint(_job(sources(), tmp_path / "c", "int8")).bits_per_weight > 8
+
+
+def test_a_stage_opens_the_files_of_its_own_layers_only(sources, tmp_path):
+    quantize_checkpoint(_job(sources(), tmp_path / "out"))
+    whole = Chain(tmp_path / "out", 1, "auto").shards[0]
+    for number in (1, 2, 3, 6, 7):  # all but layers 2 and 3
+        (tmp_path / "out" / f"model-{number:05}-of-{FILES:05}.safetensors").unlink()
+    checkpoint = open_checkpoint(tmp_path / "out")
+    spec = StageSpec(
+        model_path=str(tmp_path / "out"), stage_index=1, num_stages=3, first_layer=2, end_layer=4,
+        format="auto",
+    )  # fmt: skip
+    shard = ShardModel.load(checkpoint, decoder_config(checkpoint.config), spec)
+    for mine, same in zip(shard.layers, whole.layers[2:4], strict=True):
+        assert torch.equal(mine.weights.qkv.weight.packed, same.weights.qkv.weight.packed)
+
+
+def test_progress_ends_at_the_bytes_that_were_announced(sources, tmp_path):
+    reports = []
+    result = quantize_checkpoint(_job(sources(), tmp_path / "out"), reports.append)
+    done = [report.bytes_done for report in reports]
+    assert done == sorted(done)
+    assert {report.bytes_total for report in reports} == {result.source_bytes}
+    assert done[-1] == result.source_bytes
+    assert [report.message for report in reports][:3] == ["embedding", "layer 0", "layer 1"]
+
+
+RUN = """
+import json, sys
+from tightfit.workers.quantizer import QuantizeJob, quantize_checkpoint
+def report(progress):
+    print(progress.message, flush=True)
+    if progress.message == "layer 3":
+        sys.stdin.readline()
+quantize_checkpoint(QuantizeJob(**json.loads(sys.argv[1])), report)
+"""
+
+
+def test_after_a_kill_finished_layers_are_kept_and_the_rest_is_written(sources, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    quantize_checkpoint(_job(sources(), whole))
+    job = {"source": str(sources()), "target": str(out), "format": "int4"}
+    with subprocess.Popen(
+        [sys.executable, "-c", RUN, json.dumps(job)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        for line in process.stdout:
+            if line.strip() == "layer 3":
+                process.send_signal(signal.SIGKILL)
+                break
+    assert process.returncode == -signal.SIGKILL
+    assert not (out / "config.json").exists()  # nothing that looks like a model
+    kept = {file.name: file.stat().st_mtime_ns for file in out.glob("*.safetensors")}
+    assert len(kept) == 4
+    (out / "model-00009.safetensors.part").write_text("torn")  # as a kill within a write leaves
+    result = quantize_checkpoint(_job(sources(), out))
+    assert result.resumed_files == 4
+    assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
+    assert _hashes(out) == _hashes(whole)
+    assert not list(out.glob("*.part"))
+    assert (out / "config.json").read_text() == (whole / "config.json").read_text()
+
+
+def test_a_finished_file_that_was_damaged_is_written_again(sources, tmp_path):
+    quantize_checkpoint(_job(sources(), tmp_path / "out"))
+    before = _hashes(tmp_path / "out")
+    file = tmp_path / "out" / f"model-00003-of-{FILES:05}.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    result = quantize_checkpoint(_job(sources(), tmp_path / "out"))
+    assert result.resumed_files == FILES - 1
+    assert _hashes(tmp_path / "out") == before
+
+
+def test_a_directory_with_something_else_in_it_is_left_alone(sources, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"is not empty \(notes.txt\)"):
+        quantize_checkpoint(_job(sources(), tmp_path))
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("change", [{"fmt": "int3"}, {"group_size": 16}, {"source": "bloom"}])
+def test_the_beginning_of_another_job_is_not_gone_on_with(sources, tmp_path, change):
+    quantize_checkpoint(_job(sources(), tmp_path / "out"))
+    before = _hashes(tmp_path / "out")
+    source = sources(change.pop("source", "llama"))
+    with pytest.raises(CheckpointError, match="holds the beginning of another job"):
+        quantize_checkpoint(_job(source, tmp_path / "out", **change))
+    assert _hashes(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"identity": 1, "files": 2}'])
+def test_a_damaged_manifest_is_named(sources, tmp_path, content):
+    (tmp_path / "quantize.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"quantize\.json: cannot be read .* begin again"):
+        quantize_checkpoint(_job(sources(), tmp_path))
+
+
+def test_what_cannot_be_quantised_is_refused_before_anything_is_written(sources, tmp_path):
+    quantized_checkpoints.build("gptq", "llama", tmp_path / "gptq")
+    with pytest.raises(CheckpointError, match="is quantised already, by gptq"):
+        quantize_checkpoint(_job(tmp_path / "gptq", tmp_path / "out"))
+    with pytest.raises(CheckpointError, match="48 input features, which groups of 36 do not"):
+        quantize_checkpoint(_job(sources(), tmp_path / "out", group_size=36))
+    with pytest.raises(CheckpointError, match="is the source; choose another directory"):
+        quantize_checkpoint(_job(sources(), sources()))
+    assert not (tmp_path / "out").exists()
+    assert Path(sources(), "config.json").exists()
