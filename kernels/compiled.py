@@ -1,0 +1,176 @@
+"""Triton kernels compiled ahead of time, without a GPU, and what the machine code tells of them.
+
+A kernel that compiles need not launch, and one that launches need not be fast: registers, spills,
+shared memory, tensor cores and the width of loads are read from the code that ptxas made.
+
+Names of capabilities: 80 A100, 86 A10 and RTX 30, 89 L4, L40S and RTX 40, 90 H100, 100 B200; 75 T4
+and 70 V100 have no tensor cores in Triton.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+CAPABILITIES: Final = (80, 86, 89, 90, 100)
+"""Compute capabilities × 10 on which every kernel must compile."""
+
+OLD_CAPABILITIES: Final = (70, 75)
+"""Those on which the kernels for few tokens must."""
+
+CHIPS: Final = {
+    70: "V100", 75: "T4", 80: "A100", 86: "A10", 89: "L4, L40S", 90: "H100", 100: "B200",
+}  # fmt: skip
+"""What has which capability."""
+
+SHARED_MEMORY_BYTES: Final = {
+    70: 98_304, 75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448,
+}  # fmt: skip
+"""Most shared memory that one thread block can have (CUDA C++ Programming Guide, "Technical
+Specifications per Compute Capability", less the 1 KB of the system)."""
+
+UNREADABLE: Final = (70,)
+"""CUDA 13's tools disassemble these no more: widths are read from PTX."""
+
+MAX_REGISTERS: Final = 255
+"""Registers of a thread, of 32 bits."""
+
+TENSOR_OPS: Final = r"(?<![.\w])(?:[A-Z]+MMA|mma\.sync)\b"
+"""HMMA, IMMA, HGMMA, UTCHMMA, …, but not HFMA2.MMA, which loads a constant."""
+
+WARP_SIZE: Final = 32
+
+ALIGNED: Final = 16
+"""Divisor of pointers (bytes) and of whole-number arguments that a launch finds in real models."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One kernel with everything that is fixed when it is compiled."""
+
+    name: str
+    """Of the kernel and the use, as `w4a16 decode g128`."""
+    kernel: Any
+    """The function under `@triton.jit`."""
+    types: Mapping[str, str]
+    """Triton's type of every argument that is not a constant: "*bf16", "*u8", "i32", "fp32"."""
+    constants: Mapping[str, Any]
+    """Value of every `tl.constexpr`, and of arguments that a launch specialises (a stride of 1)."""
+    num_warps: int = 4
+    num_stages: int = 3
+    unaligned: frozenset[str] = frozenset()
+    """Whole-number arguments that need not be multiples of 16."""
+    has_dot: bool = True
+    """It multiplies matrices, so that tensor cores must be used."""
+    capabilities: tuple[int, ...] = CAPABILITIES
+    """Where it is used."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiled:
+    """What the machine code of one case for one capability tells."""
+
+    name: str
+    capability: int
+    registers: int
+    """Of a thread."""
+    stack_bytes: int
+    """Local memory of a thread: above 0, registers were spilled."""
+    shared_bytes: int
+    """Of a thread block."""
+    num_tensor_ops: int
+    """Tensor-core instructions in the code."""
+    loads: Mapping[int, int] = field(default_factory=dict)
+    """Instructions that load from global memory, by bytes for each thread."""
+
+    @property
+    def shared_limit_bytes(self) -> int:
+        """Most that a thread block can have on this capability."""
+        return SHARED_MEMORY_BYTES[self.capability]
+
+    @property
+    def widest_load_bytes(self) -> int:
+        """Bytes of a thread in the widest load."""
+        return max(self.loads, default=0)
+
+
+def compile_case(case: Case, capability: int) -> Compiled:
+    """Compile for one capability and read the machine code.
+
+    Raises:
+        triton.CompilationError, or another error of Triton's: the code does not compile.
+        KeyError: a capability whose limits are not known here.
+    """
+    names = case.kernel.arg_names
+    specialised = {
+        (index,): [["tt.divisibility", ALIGNED]]
+        for index, name in enumerate(names)
+        if name in case.types
+        and name not in case.unaligned
+        and not case.types[name].startswith("f")
+    }
+    signature = {name: case.types.get(name, "constexpr") for name in names}
+    source = ASTSource(case.kernel, signature, dict(case.constants), specialised)
+    target = GPUTarget("cuda", capability, WARP_SIZE)
+    options = {
+        "num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True,
+    }  # fmt: skip
+    built = triton.compile(source, target=target, options=options)
+    usage = _cuobjdump("--dump-resource-usage", built.asm["cubin"])
+    is_readable = capability not in UNREADABLE
+    code = _cuobjdump("--dump-sass", built.asm["cubin"]) if is_readable else built.asm["ptx"]
+    return Compiled(
+        name=case.name,
+        capability=capability,
+        registers=_figure(usage, "REG"),
+        stack_bytes=_figure(usage, "STACK") + _figure(usage, "LOCAL"),
+        shared_bytes=built.metadata.shared,
+        num_tensor_ops=len(re.findall(TENSOR_OPS, code)),
+        loads=_loads(code) if is_readable else _ptx_loads(code),
+    )
+
+
+def _cuobjdump(option: str, cubin: bytes) -> str:
+    """What the tool prints; it comes with Triton."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), option, file.name]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=60
+        ).stdout
+
+
+def _figure(usage: str, name: str) -> int:
+    found = re.search(rf"\b{name}:(\d+)", usage)
+    if found is None:
+        raise ValueError(f"cuobjdump printed no {name} in {usage!r}")
+    return int(found[1])
+
+
+def _loads(code: str) -> dict[int, int]:
+    """Loads from global memory by width; those through shared memory (LDGSTS) included."""
+    widths: Counter[int] = Counter()
+    for modifiers in re.findall(r"\bLDG(?:STS)?((?:\.[A-Z0-9_]+)+)", code):
+        bits = [int(part) for part in re.findall(r"\.(?:[US])?(8|16|64|128)\b", modifiers)]
+        widths[bits[0] // 8 if bits else 4] += 1
+    return dict(widths)
+
+
+def _ptx_loads(code: str) -> dict[int, int]:
+    """The same of PTX: `ld.global.v4.b32` loads 4 × 4 bytes."""
+    widths: Counter[int] = Counter()
+    for count, bits in re.findall(r"\bld\.global(?:\.[a-z_:]+)*(?:\.v(\d))?\.[a-z](\d+)\b", code):
+        widths[int(count or 1) * int(bits) // 8] += 1
+    return dict(widths)

@@ -1,0 +1,109 @@
+"""Compiles every Triton kernel ahead of time, without a GPU, and reads the machine code.
+
+`python tools/kernel_report.py` prints what was found as JSON; with `--write` it is put into
+docs/kernels.md, with the least time that memory allows for the layers of real models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from tightfit.kernels import w8a16
+from tightfit.kernels.compiled import CHIPS, Case, Compiled, compile_case
+from tightfit.kernels.formats import Format, linear_bytes
+
+MODULES = (w8a16,)
+DOCUMENT = Path(__file__).parent.parent / "docs" / "kernels.md"
+MARK = "<!-- below: written by make kernels -->"
+BANDWIDTHS = {"A100 80 GB": 2.04, "H100": 3.35, "L40S": 0.864, "L4": 0.3, "V100": 0.9}
+"""TB/s, by the vendor's data sheets."""
+SHAPES = {
+    "BLOOM-176B": ((43_008, 14_336), (14_336, 14_336), (57_344, 14_336), (14_336, 57_344)),
+    "OPT-175B": ((36_864, 12_288), (12_288, 12_288), (49_152, 12_288), (12_288, 49_152)),
+}
+"""(N, K) of a block's linear layers."""
+NAMES = ("qkv", "attn_out", "mlp_up", "mlp_down")
+FORMATS = (Format.INT8, Format.INT4, Format.INT3)
+
+
+def report() -> list[Compiled]:
+    """Every case of every kernel on every capability that it is for."""
+    jobs = [
+        (module, index, capability)
+        for module in range(len(MODULES))
+        for index, case in enumerate(MODULES[module].compile_cases())
+        for capability in case.capabilities
+    ]
+    with multiprocessing.Pool(len(os.sched_getaffinity(0))) as pool:
+        return pool.map(_compile, jobs, chunksize=4)
+
+
+def _compile(job: tuple[int, int, int]) -> Compiled:
+    module, index, capability = job
+    return compile_case(_cases(module)[index], capability)
+
+
+def _cases(module: int) -> Sequence[Case]:
+    return MODULES[module].compile_cases()
+
+
+def document(found: Sequence[Compiled]) -> str:
+    """The tables of docs/kernels.md."""
+    lines = ["## What the machine code says", ""]
+    lines += ["| kernel | chip | registers | shared KiB | of KiB | tensor-core ops | widest load |"]
+    lines += ["|---|---|---:|---:|---:|---:|---:|"]
+    by_name = defaultdict(list)
+    for one in found:
+        by_name[one.name].append(one)
+    for name, several in by_name.items():
+        for one in several:
+            lines.append(
+                f"| {name} | {CHIPS[one.capability]} | {one.registers} | "
+                f"{one.shared_bytes / 1024:.1f} | {one.shared_limit_bytes / 1024:.0f} | "
+                f"{one.num_tensor_ops} | {one.widest_load_bytes} B |"
+            )
+    return "\n".join([*lines, "", *_bounds()]) + "\n"
+
+
+def _bounds() -> list[str]:
+    lines = ["## The least time of one token", ""]
+    lines += ["Milliseconds to read a layer's weight once, at the bandwidth of the data sheet.", ""]
+    lines += ["| model | layer | N × K | format | MB | " + " | ".join(BANDWIDTHS) + " |"]
+    lines += ["|---|---|---|---|---:|" + "---:|" * len(BANDWIDTHS)]
+    for model, shapes in SHAPES.items():
+        for name, (n_out, n_in) in zip(NAMES, shapes, strict=True):
+            for fmt in FORMATS:
+                size = linear_bytes(fmt, n_out, n_in)
+                times = (f"{size / bandwidth / 1e9:.3f}" for bandwidth in BANDWIDTHS.values())
+                lines.append(
+                    f"| {model} | {name} | {n_out:,} × {n_in:,} | {fmt} | {size / 1e6:.0f} | "
+                    + " | ".join(times)
+                    + " |"
+                )
+    return lines
+
+
+def main() -> int:
+    """Print or write the report; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="into docs/kernels.md")
+    args = parser.parse_args()
+    found = report()
+    if args.write:
+        head, _, _ = DOCUMENT.read_text().partition(MARK)
+        DOCUMENT.write_text(f"{head}{MARK}\n\n{document(found)}")
+    else:
+        json.dump([dataclasses.asdict(one) for one in found], sys.stdout, indent=1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
