@@ -161,7 +161,7 @@ def _kept(weights: Tensor, spec: SamplingSpec) -> Tensor:
     if spec.top_p < 1.0:
         ids = _by_weight(weights, ids)
         mass = weights[ids].cumsum(0, dtype=torch.float64)
-        is_whole = spec.top_k or spec.min_p > 0.0
+        is_whole = 0 < spec.top_k < weights.numel() or spec.min_p > 0.0
         total = mass[-1] if is_whole else weights.sum(dtype=torch.float64)
         # A token stays while those before it have not reached top_p: the set is never empty.
         ids = ids[: 1 + int((mass[:-1] < spec.top_p * total).sum())]

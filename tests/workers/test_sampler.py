@@ -175,6 +175,14 @@ def test_a_filter_that_removes_nothing_changes_nothing():
         assert draw(row, SamplingSpec(temperature=1.0, seed=4, **change), count=100) == plain
 
 
+@pytest.mark.parametrize("top_k", [999, 1000, 5000])
+def test_a_top_k_of_the_whole_vocabulary_leaves_the_nucleus_as_it_is(top_k):
+    row = logits(1, vocab=1000)[0]
+    alone = draw(row, SamplingSpec(temperature=1.0, seed=3, top_p=0.9), count=400)
+    spec = SamplingSpec(temperature=1.0, seed=3, top_p=0.9, top_k=top_k)
+    assert draw(row, spec, count=400) == alone
+
+
 def test_of_equally_probable_tokens_the_lower_ids_are_kept():
     row = torch.zeros(VOCAB)
     row[30] = 1.0
