@@ -15,13 +15,7 @@ from tightfit.workers.decoder_config import decoder_config
 from tightfit.workers.kv_cache import KVCache, gather_rows
 from tightfit.workers.positions import alibi_slopes
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -21,16 +21,10 @@ from tightfit.workers.errors import CheckpointError
 from tightfit.workers.quantizer import QuantizeJob, quantize_checkpoint
 from tightfit.workers.shard import ShardModel
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FORMATS = ("int8", "int4", "int3")
 FILES = tiny_models.LAYERS + 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,9 @@ from tightfit.workers.api import SamplingSpec
 from tightfit.workers.errors import StageError
 from tightfit.workers.sampler import sample, score, uniform
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCAB = 40
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def logits(rows, *, vocab=VOCAB, seed=0, scale=2.0):

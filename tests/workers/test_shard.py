@@ -15,13 +15,7 @@ from tightfit.workers.model_formats import model_formats
 from tightfit.workers.shard import ShardModel
 from tightfit.workers.shard_bytes import kv_block_bytes, shard_bytes
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

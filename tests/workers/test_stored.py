@@ -14,16 +14,10 @@ from tightfit.workers.model_formats import model_formats
 from tightfit.workers.shard_bytes import shard_bytes
 from tightfit.workers.stored import stored_quantization
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HELD = {"bitsandbytes": "int8", "gptq-8bit": "int8", "compressed-8bit": "int8",
         "compressed-bytes": "int8", "dense3": "int3"}  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
