@@ -42,9 +42,6 @@ Specifications per Compute Capability", less the 1 KB of the system)."""
 UNREADABLE: Final = (70,)
 """CUDA 13's tools disassemble these no more: widths are read from PTX."""
 
-MAX_REGISTERS: Final = 255
-"""Registers of a thread, of 32 bits."""
-
 TENSOR_OPS: Final = r"(?<![.\w])(?:[A-Z]+MMA|mma\.sync)\b"
 """HMMA, IMMA, HGMMA, UTCHMMA, …, but not HFMA2.MMA, which loads a constant."""
 

@@ -17,7 +17,13 @@ from tightfit.kernels import cpu
 from tightfit.kernels.cpu import Kernel
 from tightfit.kernels.crossover import MEASURE_LIMIT_S, NEVER, find_crossover
 from tightfit.kernels.formats import Format, activation_dtype
-from tightfit.kernels.groups import GroupWeight, Quantized, pack_groups, quantize_groups
+from tightfit.kernels.groups import (
+    INT8_MIDDLE,
+    GroupWeight,
+    Quantized,
+    pack_groups,
+    quantize_groups,
+)
 from tightfit.kernels.weights import Int8Weight, quantize_rows
 
 __all__ = [
@@ -36,10 +42,6 @@ DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OUTLIER_EVERY: Final = 512
 """One feature column in so many is an outlier while measuring: as in 6.7B models and above, roughly
 (arXiv 2208.07339, section 4.1: up to 7 of 4,096)."""
-
-
-INT8_MIDDLE: Final = 128
-"""The whole number of `Quantized` that stands for 0 in int8."""
 
 
 class PackedWeight(Protocol):

@@ -32,6 +32,9 @@ from torch.nn import functional as F
 from tightfit.kernels.formats import VALUES_PER_PACK, default_group_size
 from tightfit.kernels.weights import SCRATCH_ELEMENTS, check_matrix
 
+INT8_MIDDLE: Final = 128
+"""The integer of `Quantized` that stands for 0 in symmetric 8 bits."""
+
 BLOCK_ROWS: Final = 64
 HALF_BLOCK: Final = BLOCK_ROWS // 2
 

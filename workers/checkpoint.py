@@ -12,9 +12,27 @@ from tightfit.workers.checkpoints.base import Checkpoint
 from tightfit.workers.checkpoints.directory import DirectoryCheckpoint, read_index
 from tightfit.workers.checkpoints.safetensors import SafetensorsFile
 from tightfit.workers.checkpoints.torch_bin import TorchFile
+from tightfit.workers.decoder_config import DecoderConfig
 from tightfit.workers.errors import CheckpointError
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "find_prefix", "open_checkpoint"]
+
+
+def find_prefix(checkpoint: Checkpoint, config: DecoderConfig, path: str | Path) -> str:
+    """What stands before the model's names in this checkpoint.
+
+    Raises:
+        CheckpointError: there is no embedding under any name that the family has.
+    """
+    present, n = checkpoint.names(), config.names
+    for prefix in n.prefixes:
+        if f"{prefix}{n.embedding}.weight" in present:
+            return prefix
+    candidates = " or ".join(f"{prefix}{n.embedding}.weight" for prefix in n.prefixes)
+    raise CheckpointError(
+        path, None, f"there is no tensor {candidates}; is it a {n.head} model of the "
+        f"{config.family} family, complete?"
+    )  # fmt: skip
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

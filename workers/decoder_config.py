@@ -166,21 +166,29 @@ class DecoderConfig:
 
     # -- what a checkpoint must hold ---------------------------------------------------------
 
+    def full_name(self, name: str, prefix: str) -> str:
+        """A tensor's or layer's name with the prefix, which an untied head never has."""
+        is_head = name == self.names.head or name.startswith(f"{self.names.head}.")
+        return name if is_head else prefix + name
+
     def stored_scheme(self, name: str) -> StoredScheme | None:
         """How the linear layer of this name, without prefix, is quantised in the checkpoint."""
         if self.stored is None or name == self.names.embedding:  # of a tied head
             return None
-        prefix = "" if name == self.names.head else self.names.prefixes[0]
-        return self.stored.scheme(prefix + name)
+        return self.stored.scheme(self.full_name(name, self.names.prefixes[0]))
 
     def linears(self) -> Iterator[LinearShape]:
         """Every linear layer of the model that can be quantised."""
+        yield from self.outer_linears()
+        for i in range(self.num_layers):
+            yield from self.layer_linears(i)
+
+    def outer_linears(self) -> Iterator[LinearShape]:
+        """Those outside the blocks."""
         n = self.names
         if self.is_projected:
             yield LinearShape(n.project_in, self.hidden_size, self.embedding_size, False)
             yield LinearShape(n.project_out, self.embedding_size, self.hidden_size, False)
-        for i in range(self.num_layers):
-            yield from self.layer_linears(i)
         if not self.tied_head:
             yield LinearShape(n.head, self.vocab_size, self.embedding_size, False)
 
@@ -245,7 +253,7 @@ class DecoderConfig:
 
     def _outer_tensors(self, name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Of the linear layer outside the blocks that has this name, if there is one."""
-        for linear in self.linears():
+        for linear in self.outer_linears():
             if linear.name == name:
                 yield from self._linear_tensors(linear)
 

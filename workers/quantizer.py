@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from tightfit.kernels.formats import WEIGHT_BITS, Format, default_group_size
-from tightfit.kernels.groups import Quantized, round_to_nearest
+from tightfit.kernels.groups import INT8_MIDDLE, Quantized, round_to_nearest
 from tightfit.kernels.weights import quantize_rows
 from tightfit.workers.api import LoadProgress
-from tightfit.workers.checkpoint import Checkpoint, open_checkpoint
+from tightfit.workers.checkpoint import Checkpoint, find_prefix, open_checkpoint
 from tightfit.workers.checkpoints.written import file_hash, stored_tensors, write_file
 from tightfit.workers.decoder_config import LinearShape, decoder_config
 from tightfit.workers.errors import CheckpointError
@@ -35,7 +35,6 @@ from tightfit.workers.tokenizer_files import convert
 
 MANIFEST = "quantize.json"
 INDEX = "model.safetensors.index.json"
-INT8_MIDDLE = 128
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 """Files beside the weights that a model needs, but for the config and indexes."""
 WEIGHT_INDEXES = (INDEX, "pytorch_model.bin.index.json", "config.json", MANIFEST)
@@ -114,7 +113,7 @@ class _Run:
         if self._config.stored is not None:
             problem = f"is quantised already, by {self._config.stored.method}; give the original"
             raise CheckpointError(self._source, None, problem)
-        self._prefix = self._find_prefix()
+        self._prefix = find_prefix(checkpoint, self._config, self._source)
         self._pieces = tuple(self._all_pieces())
         checkpoint.validate((self._full(name), shape) for name, shape in self._all_tensors())
         self._total = sum(self._piece_bytes(piece) for piece in self._pieces)
@@ -124,22 +123,13 @@ class _Run:
 
     # -- what there is to do -----------------------------------------------------------------
 
-    def _find_prefix(self) -> str:
-        names, n = self._checkpoint.names(), self._config.names
-        for prefix in n.prefixes:
-            if f"{prefix}{n.embedding}.weight" in names:
-                return prefix
-        raise CheckpointError(self._source, None, f"there is no tensor {n.embedding}.weight")
-
     def _full(self, name: str) -> str:
         """As the source has it."""
-        is_head = name.startswith(f"{self._config.names.head}.")
-        return name if is_head else self._prefix + name
+        return self._config.full_name(name, self._prefix)
 
     def _written(self, name: str) -> str:
         """As transformers names it."""
-        is_head = name.startswith(f"{self._config.names.head}.")
-        return name if is_head else self._config.names.prefixes[0] + name
+        return self._config.full_name(name, self._config.names.prefixes[0])
 
     def _all_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         config = self._config
@@ -250,8 +240,12 @@ class _Run:
 
     def _identity(self) -> dict[str, Any]:
         """What a manifest must agree with, for its files to be ours."""
-        source = {"config": dict(self._checkpoint.config), "bytes": self._total}
-        return {"job": {**asdict(self._job), "source": "", "target": ""}, "source": source}
+        return {
+            "format": self._job.format,
+            "group_size": self._job.group_size,
+            "config": dict(self._checkpoint.config),
+            "bytes": self._total,
+        }
 
     def _finished(self) -> dict[str, dict[str, Any]]:
         """Files of an earlier run of the same job."""

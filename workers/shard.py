@@ -23,7 +23,7 @@ from tightfit.kernels.dispatch import (
 )
 from tightfit.workers.api import LoadProgress, MicroBatch, StageSpec
 from tightfit.workers.batch import BatchBuilder
-from tightfit.workers.checkpoint import Checkpoint
+from tightfit.workers.checkpoint import Checkpoint, find_prefix
 from tightfit.workers.checkpoints.packed import StoredLinear, read_stored, stacked
 from tightfit.workers.decoder import DecoderLayer, LayerWeights, NormLayer
 from tightfit.workers.decoder_config import DecoderConfig, Position
@@ -58,11 +58,12 @@ class _Reader:
         checkpoint: Checkpoint,
         config: DecoderConfig,
         spec: StageSpec,
+        formats: ModelFormats,
         progress: Progress | None,
     ) -> None:
         self._checkpoint, self._config, self._spec = checkpoint, config, spec
-        self._report = progress
-        self._prefix = self._find_prefix()
+        self._formats, self._report = formats, progress
+        self._prefix = find_prefix(checkpoint, config, spec.model_path)
         self._shapes = {linear.name: (linear.n_out, linear.n_in) for linear in config.linears()}
         wanted = [(self._full(name), shape) for name, shape in self._wanted()]
         checkpoint.validate(wanted, {self._full(name) for name in config.integer_tensors()})
@@ -71,19 +72,8 @@ class _Reader:
         self._done = 0
         self._started = time.monotonic()
 
-    def _find_prefix(self) -> str:
-        names, n = self._checkpoint.names(), self._config.names
-        for prefix in n.prefixes:
-            if f"{prefix}{n.embedding}.weight" in names:
-                return prefix
-        candidates = " or ".join(f"{prefix}{n.embedding}.weight" for prefix in n.prefixes)
-        raise CheckpointError(
-            self._spec.model_path, None, f"there is no tensor {candidates}; is it a {n.head} model "
-            f"of the {self._config.family} family, complete?"
-        )  # fmt: skip
-
     def _full(self, name: str) -> str:
-        return name if name.startswith(f"{self._config.names.head}.") else self._prefix + name
+        return self._config.full_name(name, self._prefix)
 
     def _wanted(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         config, spec = self._config, self._spec
@@ -92,7 +82,7 @@ class _Reader:
         for i in range(spec.first_layer, spec.end_layer):
             yield from config.layer_tensors(i)
         if spec.is_last:
-            shared = spec.is_first and head_is_shared(config, spec_formats(config, spec))
+            shared = spec.is_first and head_is_shared(config, self._formats)
             embedding = f"{config.names.embedding}.weight"
             for name, shape in config.head_tensors():
                 if not (shared and name == embedding):
@@ -221,7 +211,7 @@ class ShardModel:
                 are checked before anything is read.
         """
         shard = cls(config, spec)
-        reader = _Reader(checkpoint, config, spec, progress)
+        reader = _Reader(checkpoint, config, spec, shard.formats, progress)
         with torch.inference_mode():
             if spec.is_first:
                 reader.note("embedding")

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tightfit.kernels.groups import Quantized, unpack_rows
-from tightfit.workers.stored import WORD_BITS, Packing, StoredScheme
+from tightfit.kernels.groups import INT8_MIDDLE, Quantized, unpack_rows
+from tightfit.workers.stored import Packing, StoredScheme
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where the eight values of a word of AWQ lie: value i is the AWQ_ORDER[i]-th from the low end."""
 
-INT8_MIDDLE = 128
 BITSANDBYTES_MAX = 127
 
 
@@ -158,13 +157,9 @@ def _in_awq_order(values: Tensor) -> Tensor:
 
 
 def _unpacked(words: Tensor, bits: int) -> Tensor:
-    """int32 words [R, C] → uint8 [R, C · 32 / bits], lowest bits first."""
-    words = words.contiguous()
-    pieces = words.view(torch.uint8)  # little-endian: the lowest byte first
-    if bits == 8:
-        return pieces
-    assert WORD_BITS % bits == 0
-    return torch.stack((pieces & 15, pieces >> 4), -1).flatten(1)
+    """int32 words [R, C] of 8 or 4 bits each → uint8 [R, C · 32 / bits], lowest bits first."""
+    pieces = words.contiguous().view(torch.uint8)  # little-endian: the lowest byte first
+    return pieces if bits == 8 else unpack_rows(pieces, bits=bits, n_in=2 * pieces.shape[1])
 
 
 def _from_signed(values: Tensor) -> Tensor:
