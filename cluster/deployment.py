@@ -118,8 +118,12 @@ def start_replica(
     group = StageGroup(session, specs, on_lost=on_lost)
     cleanup.callback(group.close)
     group.place()
-    with LoadView(len(specs)) as view:
-        statuses = group.load(timeout_s=config.load_timeout_s, progress=view.update)
+    labels = [f"stage {spec.stage_index}" for spec in specs]
+    with LoadView(labels) as view:
+        statuses = group.load(
+            timeout_s=config.load_timeout_s,
+            progress=lambda index, progress: view.update(labels[index], progress),
+        )
     return Replica(group=group, links=group.connect(epoch=FIRST_EPOCH), statuses=tuple(statuses))
 
 

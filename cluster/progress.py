@@ -1,9 +1,9 @@
-"""Shows how far the stages have loaded: a live table on a terminal, else a line now and then."""
+"""Shows how far long work has come: a live table on a terminal, else a line now and then."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -22,9 +22,9 @@ WIDE_COLUMNS = 110
 FINAL_PHASES = ("ready", "failed")
 
 
-def describe(stage_index: int, progress: LoadProgress) -> str:
+def describe(label: str, progress: LoadProgress) -> str:
     """One line: "stage 0: loading 40.0 MiB of 135.0 MiB (30 %), 20.0 MiB/s, 4.7 s left; …"."""
-    line = f"stage {stage_index}: {progress.phase}"
+    line = f"{label}: {progress.phase}"
     if progress.bytes_total:
         share = 100 * progress.bytes_done // progress.bytes_total
         line += f" {format_bytes(progress.bytes_done)} of {format_bytes(progress.bytes_total)}"
@@ -54,21 +54,21 @@ def _left(progress: LoadProgress) -> str:
     return format_seconds(progress.seconds_left)
 
 
-def load_table(stages: list[LoadProgress], width: int) -> Table:
-    """The live view, one row per stage; narrow terminals leave out what is being read."""
+def load_table(rows: Mapping[str, LoadProgress], width: int) -> Table:
+    """The live view, one row per label; narrow terminals leave out what is being read."""
     wide = width >= WIDE_COLUMNS
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("stage", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
     table.add_column("phase", no_wrap=True)
     table.add_column("", no_wrap=True)
     for name in ("read", "rate", "left"):
         table.add_column(name, justify="right", no_wrap=True)
     if wide:
         table.add_column("", no_wrap=True)
-    for index, progress in enumerate(stages):
+    for label, progress in rows.items():
         total = max(1, progress.bytes_total)
         row: list[RenderableType] = [
-            str(index),
+            label,
             progress.phase,
             ProgressBar(total=total, completed=progress.bytes_done, width=24 if wide else 10),
             f"{format_bytes(progress.bytes_done)} of {format_bytes(progress.bytes_total)}"
@@ -82,34 +82,34 @@ def load_table(stages: list[LoadProgress], width: int) -> Table:
 
 
 class LoadView:
-    """The progress of every stage's load, on stderr, while the `with` block runs.
+    """The progress of some pieces of work, on stderr, while the `with` block runs.
 
     Args:
-        num_stages: rows.
+        labels: of the pieces, such as "stage 0".
         console: where to; default: stderr.
-        interval_s: seconds between a stage's lines when the console is no terminal.
+        interval_s: seconds between a piece's lines when the console is no terminal.
         clock: a monotonic clock, in seconds.
     """
 
     def __init__(
         self,
-        num_stages: int,
+        labels: Sequence[str],
         *,
         console: Console | None = None,
         interval_s: float = PLAIN_INTERVAL_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console or Console(stderr=True)
-        self._stages = [LoadProgress(phase="waiting")] * num_stages
+        self._rows = {label: LoadProgress(phase="waiting") for label in labels}
         self._interval_s = interval_s
         self._clock = clock
-        self._printed_s: list[float | None] = [None] * num_stages
+        self._printed_s: dict[str, float] = {}
         self._live: Live | None = None
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
             self._live = Live(
-                load_table(self._stages, self._console.width),
+                load_table(self._rows, self._console.width),
                 console=self._console,
                 refresh_per_second=8,
             )
@@ -125,19 +125,19 @@ class LoadView:
         if self._live is not None:
             self._live.stop()
 
-    def update(self, stage_index: int, progress: LoadProgress) -> None:
-        """Show a stage's newest progress."""
-        phase_changed = progress.phase != self._stages[stage_index].phase
-        self._stages[stage_index] = progress
+    def update(self, label: str, progress: LoadProgress) -> None:
+        """Show a piece's newest progress."""
+        phase_changed = progress.phase != self._rows[label].phase
+        self._rows[label] = progress
         if self._live is not None:
-            self._live.update(load_table(self._stages, self._console.width))
+            self._live.update(load_table(self._rows, self._console.width))
             return
-        now, last = self._clock(), self._printed_s[stage_index]
+        now, last = self._clock(), self._printed_s.get(label)
         if last is not None and not phase_changed and now - last < self._interval_s:
             return
         if progress.phase in FINAL_PHASES and not phase_changed:
             return
-        self._printed_s[stage_index] = now
+        self._printed_s[label] = now
         self._console.print(
-            describe(stage_index, progress), markup=False, highlight=False, soft_wrap=True
+            describe(label, progress), markup=False, highlight=False, soft_wrap=True
         )

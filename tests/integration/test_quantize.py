@@ -25,7 +25,7 @@ def test_a_model_quantised_by_the_command_line_is_served_as_it_was_written(tmp_p
     config.write_text(json.dumps({"quantize": section}))
     done = quantize("--config", config, "--format", "int4", "--json")
     assert done.returncode == 0, done.stderr
-    assert "embedding: 0 bytes of" in done.stderr
+    assert "model: quantising 0 bytes of" in done.stderr
     assert json.loads(done.stdout)["bits_per_weight"] == 4 + 20 / 16
     tokens = random_tokens(60, seed=8)
     exact = Chain(tmp_path / "out", 1, "auto").log_probs([part(0, tables()[0], 0, tokens)])
