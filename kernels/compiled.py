@@ -79,6 +79,8 @@ class Compiled:
 
     name: str
     capability: int
+    has_dot: bool
+    """As the case says."""
     registers: int
     """Of a thread."""
     stack_bytes: int
@@ -129,6 +131,7 @@ def compile_case(case: Case, capability: int) -> Compiled:
     return Compiled(
         name=case.name,
         capability=capability,
+        has_dot=case.has_dot,
         registers=_figure(usage, "REG"),
         stack_bytes=_figure(usage, "STACK") + _figure(usage, "LOCAL"),
         shared_bytes=built.metadata.shared,
