@@ -35,7 +35,7 @@ from tightfit.cluster.progress import LoadView
 from tightfit.cluster.scheduling.batching import Scheduler, SchedulerConfig
 from tightfit.cluster.tokenizer import Tokenizer, load_tokenizer
 from tightfit.workers.api import StageSpec, StageStatus
-from tightfit.workers.model_formats import model_formats
+from tightfit.workers.model_formats import ModelFormats, model_formats
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,18 @@ class Replica:
     statuses: tuple[StageStatus, ...]
 
 
+def chosen_formats(config: ServeConfig, model: ModelDescription) -> ModelFormats:
+    """The formats of the model's parts.
+
+    Raises:
+        ConfigError: they do not go together.
+    """
+    try:
+        return model_formats(model.config, config.format, head=config.head_format)
+    except ValueError as error:
+        raise ConfigError(f"head_format: {error}") from error
+
+
 def stage_specs(config: ServeConfig, model: ModelDescription) -> list[StageSpec]:
     """The stages, layers split by bytes.
 
@@ -61,13 +73,9 @@ def stage_specs(config: ServeConfig, model: ModelDescription) -> list[StageSpec]
         ConfigError: formats that do not go together.
         PlacementError: more stages than layers, or a shard over its budget.
     """
-    try:
-        formats = model_formats(model.config, config.format, head=config.head_format)
-    except ValueError as error:
-        raise ConfigError(f"head_format: {error}") from error
     ranges = plan_stages(
         model.config,
-        formats,
+        chosen_formats(config, model),
         num_stages=config.stages,
         budget_bytes=config.memory_budget_bytes,
         kv_blocks=config.kv_blocks,
@@ -235,9 +243,10 @@ class LostStage:
 
 
 def _announce(config: ServeConfig, model: ModelDescription) -> None:
+    fmt = chosen_formats(config, model).layers
     print(
         f"{config.model_name}: {model.config.family}, {model.config.num_layers} layers, from "
-        f"{model.source_format}, as {config.format} on {config.stages} stage(s)",
+        f"{model.source_format}, as {fmt} on {config.stages} stage(s)",
         file=sys.stderr,
     )
     for note in model.config.notes:

@@ -1,6 +1,7 @@
 """`tightfit quantize`, then `tightfit serve` of what it wrote."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -33,6 +34,8 @@ def test_a_model_quantised_by_the_command_line_is_served_as_it_was_written(tmp_p
         assert client.model().weight_format == "int4"
         scores = client.score(tokens)
         stages = client.status().stages
+        assert served.stop(signal.SIGTERM, limit_s=60) == 0
+        assert "as int4 on 2 stage(s)" in served.errors
     expected = [float(exact[i, token]) for i, token in enumerate(tokens[1:])]
     assert scores.logprobs == pytest.approx(expected, abs=0.1)
     assert [stage.format for stage in stages] == ["int4", "int4"]
