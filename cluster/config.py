@@ -20,6 +20,7 @@ from tightfit.kernels.formats import SUPPORTED_FORMATS
 from tightfit.workers.model_formats import AUTO
 
 DEFAULT_LISTEN = "127.0.0.1:50051"
+METHODS = ("rtn", "gptq")
 PLACEMENT_STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 
 
@@ -192,6 +193,28 @@ class QuantizeConfig:
             check=_group_size,
         ),
     ] = AUTO
+    method: Annotated[
+        str,
+        Option(
+            "How int4 and int3 are rounded: rtn (to nearest), gptq (for the inputs that a "
+            "calibration text gives), or auto (gptq where there is a text).",
+            choices=(AUTO, *METHODS),
+        ),
+    ] = AUTO
+    calibration: Annotated[
+        str | None, Option("Text file like what the model will be used for; gptq needs it.")
+    ] = None
+    samples: Annotated[int, Option("Pieces of the text that gptq takes.", at_least=1)] = 128
+    sample_tokens: Annotated[
+        int, Option("Tokens of each, at most the model's context.", at_least=2)
+    ] = 2048
+    damping: Annotated[
+        float,
+        Option("Share of the Hessian's mean diagonal that gptq adds to it.", at_least=0),
+    ] = 0.01
+    act_order: Annotated[bool, Option("gptq rounds the input features that matter most first.")] = (
+        True
+    )
 
     @property
     def group_features(self) -> int | None:

@@ -7,11 +7,20 @@ import json
 from functools import partial
 from pathlib import Path
 
+from tightfit.cluster.calibration_text import spread, text_samples
 from tightfit.cluster.config import QuantizeConfig
+from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.hub import resolve_model
 from tightfit.cluster.progress import LoadView
+from tightfit.cluster.tokenizer import load_tokenizer
 from tightfit.cluster.units import format_bytes, format_seconds
-from tightfit.workers.quantizer import QuantizeJob, QuantizeResult, quantize_checkpoint
+from tightfit.workers.quantizer import (
+    Calibration,
+    QuantizeJob,
+    QuantizeResult,
+    context_tokens,
+    quantize_checkpoint,
+)
 
 
 def quantize(config: QuantizeConfig, *, as_json: bool = False) -> int:
@@ -21,11 +30,13 @@ def quantize(config: QuantizeConfig, *, as_json: bool = False) -> int:
         ConfigError: there is no such model.
         WorkerError: see `quantize_checkpoint`.
     """
+    model = resolve_model(config.model)
     job = QuantizeJob(
-        source=str(resolve_model(config.model)),
+        source=str(model),
         target=config.out,
         format=config.format,
         group_size=config.group_features,
+        calibration=_calibration(config, model),
     )
     label = Path(config.model).name
     with LoadView([label]) as view:
@@ -35,6 +46,22 @@ def quantize(config: QuantizeConfig, *, as_json: bool = False) -> int:
     else:
         print(_summary(config, result))
     return 0
+
+
+def _calibration(config: QuantizeConfig, model: Path) -> Calibration | None:
+    if config.calibration is None:
+        if config.method == "gptq":
+            raise ConfigError(
+                "quantize.calibration is missing: gptq needs a text to calibrate with"
+            )
+        return None
+    if config.method == "rtn":
+        raise ConfigError("quantize.calibration is for gptq; rtn takes none")
+    num_tokens = min(config.sample_tokens, context_tokens(model))
+    pool = text_samples(Path(config.calibration), load_tokenizer(model), num_tokens)
+    return Calibration(
+        samples=spread(pool, config.samples), damping=config.damping, act_order=config.act_order
+    )
 
 
 def _summary(config: QuantizeConfig, result: QuantizeResult) -> str:

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tightfit.kernels.formats import VALUES_PER_PACK, default_group_size
-from tightfit.kernels.weights import SCRATCH_ELEMENTS, check_matrix
+from tightfit.kernels.weights import SCRATCH_ELEMENTS, check_finite, check_matrix
 
 INT8_MIDDLE: Final = 128
 """The integer of `Quantized` that stands for 0 in symmetric 8 bits."""
@@ -161,7 +161,7 @@ def unpack_blocks(packed: Tensor) -> Tensor:
     return halves.transpose(1, 2).reshape(-1, packed.shape[1])
 
 
-def grid(groups: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
+def grid(groups: Tensor, *, bits: int, share: float = 1.0) -> tuple[Tensor, Tensor]:
     """Scale and zero point that span each group and 0, by least and greatest value.
 
     The scale is rounded to bf16 first, and the zero point fits the rounded one.
@@ -169,12 +169,13 @@ def grid(groups: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
     Args:
         groups: [..., group size], finite.
         bits: of the integers.
+        share: of that range, to span less of it more finely; values outside are cut off.
     Returns:
         scale [...] bf16, positive; zero point [...] fp32, whole numbers in [0, 2^bits).
     """
     highest = 2**bits - 1
     least, greatest = groups.float().aminmax(dim=-1)
-    least, greatest = least.clamp_max_(0.0), greatest.clamp_min_(0.0)
+    least, greatest = least.clamp_max_(0.0).mul_(share), greatest.clamp_min_(0.0).mul_(share)
     # Divided before they are subtracted: the difference of two finite values may not be finite.
     scale = (greatest / highest - least / highest).to(torch.bfloat16)
     scale.masked_fill_(scale == 0, 1.0)
@@ -275,10 +276,7 @@ def _rounded(weight: Tensor, *, bits: int, group_size: int, device: str) -> Iter
     step = max(BLOCK_ROWS, SCRATCH_ELEMENTS // max(1, n_in) // BLOCK_ROWS * BLOCK_ROWS)
     for first in range(0, n_out, step):
         wide = weight[first : first + step].to(device=device, dtype=torch.float32, copy=True)
-        finite = torch.isfinite(wide).all(dim=1)
-        if not bool(finite.all()):
-            row = first + int((~finite).nonzero()[0])
-            raise ValueError(f"the weight has a NaN or infinite entry in row {row}")
+        check_finite(wide, first)
         groups = wide.view(wide.shape[0], -1, group_size)
         scale, zero_point = grid(groups, bits=bits)
         groups.div_(scale.float()[..., None]).round_().add_(zero_point[..., None])

@@ -42,6 +42,15 @@ def check_matrix(weight: Tensor) -> None:
         )
 
 
+def check_finite(rows: Tensor, first: int = 0) -> None:
+    """Raise ValueError that names the row where some rows of a weight, from `first` on, have NaN or
+    infinite entries."""
+    finite = torch.isfinite(rows).all(dim=1)
+    if not bool(finite.all()):
+        row = first + int((~finite).nonzero()[0])
+        raise ValueError(f"the weight has a NaN or infinite entry in row {row}")
+
+
 def quantize_rows(weight: Tensor, *, device: str = "cpu") -> Int8Weight:
     """Row-wise absmax, round to nearest (LLM.int8(), arXiv 2208.07339, eq. 4, per output channel).
 

@@ -118,16 +118,22 @@ def _most_common(stored: Iterable[Mapping[Role, Scheme]]) -> Format:
     return counts.most_common(1)[0][0] if counts else Format.INT8
 
 
-def _stored_layer(config: DecoderConfig, i: int, wanted: str) -> Mapping[Role, Scheme]:
-    """What of one layer is held as the checkpoint has it."""
+def layer_roles(config: DecoderConfig, i: int) -> dict[Role, tuple[str, ...]]:
+    """The linear layers of a block, without prefix, in the order in which it computes them; those
+    with the same input are one."""
     n = config.names
     roles = {
         Role.QKV: n.qkv, Role.ATTN_OUT: (n.attn_out,), Role.MLP_UP: n.mlp_up,
         Role.MLP_DOWN: (n.mlp_down,),
     }  # fmt: skip
+    return {role: tuple(name.format(i=i) for name in names) for role, names in roles.items()}
+
+
+def _stored_layer(config: DecoderConfig, i: int, wanted: str) -> Mapping[Role, Scheme]:
+    """What of one layer is held as the checkpoint has it."""
     held = {}
-    for role, names in roles.items():
-        schemes = {config.stored_scheme(name.format(i=i)) for name in names}
+    for role, names in layer_roles(config, i).items():
+        schemes = {config.stored_scheme(name) for name in names}
         scheme = schemes.pop()
         if scheme is None or schemes or scheme.format is None:
             continue

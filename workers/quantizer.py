@@ -7,13 +7,11 @@ checksum in `quantize.json`: after an interruption the same command goes on wher
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +23,18 @@ from tightfit.kernels.formats import WEIGHT_BITS, Format, default_group_size
 from tightfit.kernels.groups import INT8_MIDDLE, Quantized, round_to_nearest
 from tightfit.kernels.weights import quantize_rows
 from tightfit.workers.api import LoadProgress
+from tightfit.workers.calibration import CalibratedRounding, Calibration
 from tightfit.workers.checkpoint import Checkpoint, find_prefix, open_checkpoint
-from tightfit.workers.checkpoints.written import file_hash, stored_tensors, write_file
+from tightfit.workers.checkpoints.written import stored_tensors, write_file
 from tightfit.workers.decoder_config import LinearShape, decoder_config
 from tightfit.workers.errors import CheckpointError
+from tightfit.workers.manifest import MANIFEST, Manifest, save_json
 from tightfit.workers.model_formats import common_group_size
 from tightfit.workers.stored import Packing, StoredScheme
 from tightfit.workers.tokenizer_files import convert
 
-MANIFEST = "quantize.json"
+__all__ = ["Calibration", "QuantizeJob", "QuantizeResult", "context_tokens", "quantize_checkpoint"]
+
 INDEX = "model.safetensors.index.json"
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 """Files beside the weights that a model needs, but for the config and indexes."""
@@ -53,6 +54,8 @@ class QuantizeJob:
     group_size: int | None = None
     """Input features that share a scale; None: `common_group_size` of the model, else
     the default of each layer; 0: one scale for each output channel."""
+    calibration: Calibration | None = None
+    """Round by GPTQ for these samples; None: to nearest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +83,21 @@ class _Piece:
     """Quantised."""
     others: tuple[str, ...]
     """Names of tensors that are kept, without prefix."""
+    layer: int | None = None
+    """Number of the block that it is."""
+
+
+def context_tokens(source: str | Path) -> int:
+    """Most tokens that a model takes.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: the model cannot be read.
+    """
+    checkpoint = open_checkpoint(source)
+    try:
+        return decoder_config(checkpoint.config).max_position
+    finally:
+        checkpoint.close()
 
 
 def quantize_checkpoint(
@@ -114,12 +132,28 @@ class _Run:
             problem = f"is quantised already, by {self._config.stored.method}; give the original"
             raise CheckpointError(self._source, None, problem)
         self._prefix = find_prefix(checkpoint, self._config, self._source)
-        self._pieces = tuple(self._all_pieces())
+        pieces = tuple(self._all_pieces())
+        self._named = {
+            f"model-{number:05}-of-{len(pieces):05}.safetensors": piece
+            for number, piece in enumerate(pieces, 1)
+        }
+        """By the names of their files."""
         checkpoint.validate((self._full(name), shape) for name, shape in self._all_tensors())
-        self._total = sum(self._piece_bytes(piece) for piece in self._pieces)
+        self._total = sum(self._piece_bytes(piece) for piece in pieces)
+        self._calibrated = self._calibrated_rounding()
         self._done = 0
         self._started_s = time.monotonic()
-        self._files: dict[str, dict[str, Any]] = {}
+
+    def _calibrated_rounding(self) -> CalibratedRounding | None:
+        calibration = self._job.calibration
+        if calibration is None:
+            return None
+        if Format(self._job.format) not in WEIGHT_BITS:
+            problem = f"{self._job.format} is rounded to nearest, without calibration"
+            raise CheckpointError(self._source, None, problem)
+        return CalibratedRounding(
+            self._checkpoint, self._config, self._source, calibration, self._target
+        )
 
     # -- what there is to do -----------------------------------------------------------------
 
@@ -146,7 +180,7 @@ class _Run:
             linears = tuple(config.layer_linears(i))
             weights = {f"{linear.name}.weight" for linear in linears}
             others = (name for name, _ in config.layer_tensors(i) if name not in weights)
-            yield _Piece(label=f"layer {i}", linears=linears, others=tuple(others))
+            yield _Piece(label=f"layer {i}", linears=linears, others=tuple(others), layer=i)
         head = (name for name, _ in config.head_tensors() if name not in outer)
         yield _Piece(label="head", linears=(), others=tuple(head))
 
@@ -172,27 +206,54 @@ class _Run:
         """All pieces, then what makes them a checkpoint."""
         self._check()
         self._target.mkdir(parents=True, exist_ok=True)
-        finished = self._finished()
+        manifest = Manifest(self._target, self._identity())
         for torn in self._target.glob("*.part"):
             torn.unlink()
-        resumed = 0
-        for number, piece in enumerate(self._pieces, 1):
-            name = f"model-{number:05}-of-{len(self._pieces):05}.safetensors"
+        resumed = self._resume(manifest)
+        for name, piece in self._named.items():
             self._note(piece.label)
-            if self._is_whole(name, finished.get(name)):
-                self._files[name] = finished[name]
-                resumed += 1
-            else:
+            if name not in manifest.files:
                 tensors = self._piece_tensors(piece)
                 digest = write_file(self._target / name, tensors)
-                self._files[name] = {"sha256": digest, "tensors": sorted(tensors)}
+                manifest.add(name, digest, sorted(tensors))
             self._done += self._piece_bytes(piece)
-            self._save_manifest()
+            if self._calibrated is not None and piece.layer is not None:
+                self._calibrated.drop_states(before=piece.layer + 1)
         self._note("config and tokenizer")
         self._copy_files()
-        self._write_index()
+        self._write_index(manifest)
         self._write_config()  # last: without it there is no model that could be served
         return self._result(resumed)
+
+    def _resume(self, manifest: Manifest) -> int:
+        """Take over an earlier run's files, as many as can be gone on from; their number."""
+        if self._calibrated is None:
+            return sum(manifest.take_over(name) for name in self._named)
+        missing: int | None = None
+        for name, piece in self._named.items():
+            is_ready = piece.layer is None or missing is None
+            if not (is_ready and manifest.take_over(name)) and missing is None:
+                missing = piece.layer
+        if missing is not None and not self._calibrated.has_states(missing):
+            for name, piece in self._named.items():
+                if piece.layer is not None:
+                    manifest.forget(name)
+            self._note("calibration text through the embedding")
+            self._calibrated.start()
+        return len(manifest.files)
+
+    def _identity(self) -> dict[str, Any]:
+        """What a manifest must agree with, for its files to be ours."""
+        calibration = self._job.calibration
+        return {
+            "format": self._job.format,
+            "group_size": self._job.group_size,
+            "config": dict(self._checkpoint.config),
+            "bytes": self._total,
+            "calibration": None
+            if calibration is None
+            else [calibration.digest, calibration.damping, calibration.act_order],
+        }
 
     def _check(self) -> None:
         size = self._job.group_size
@@ -211,15 +272,30 @@ class _Run:
         tensors = {}
         for name in piece.others:
             tensors[self._written(name)] = self._read(name).to(torch.bfloat16).contiguous()
+        rounded = self._rounded(piece)
         for linear in piece.linears:
             scheme = self._scheme(linear.n_in)
-            try:
-                weight = _quantized(self._read(f"{linear.name}.weight"), scheme)
-            except ValueError as error:
-                raise CheckpointError(self._source, linear.name, str(error)) from error
+            weight = rounded.get(linear.name) or self._to_nearest(linear, scheme)
             for suffix, tensor in stored_tensors(weight, scheme).items():
                 tensors[self._written(f"{linear.name}.{suffix}")] = tensor
         return tensors
+
+    def _rounded(self, piece: _Piece) -> dict[str, Quantized]:
+        """A block's linear layers, rounded together for their inputs, if that is wanted."""
+        if self._calibrated is None or piece.layer is None:
+            return {}
+        return self._calibrated.round_layer(
+            piece.layer,
+            bits=WEIGHT_BITS[Format(self._job.format)],
+            group_size=lambda n_in: self._scheme(n_in).group_size,
+            note=self._note,
+        )
+
+    def _to_nearest(self, linear: LinearShape, scheme: StoredScheme) -> Quantized:
+        try:
+            return _quantized(self._read(f"{linear.name}.weight"), scheme)
+        except ValueError as error:
+            raise CheckpointError(self._source, linear.name, str(error)) from error
 
     def _read(self, name: str) -> Tensor:
         return self._checkpoint.read(self._full(name))
@@ -236,56 +312,6 @@ class _Run:
                 )
             )
 
-    # -- the manifest ------------------------------------------------------------------------
-
-    def _identity(self) -> dict[str, Any]:
-        """What a manifest must agree with, for its files to be ours."""
-        return {
-            "format": self._job.format,
-            "group_size": self._job.group_size,
-            "config": dict(self._checkpoint.config),
-            "bytes": self._total,
-        }
-
-    def _finished(self) -> dict[str, dict[str, Any]]:
-        """Files of an earlier run of the same job."""
-        path = self._target / MANIFEST
-        if not path.exists():
-            strange = sorted(file.name for file in self._target.iterdir() if file.suffix != ".part")
-            if strange:
-                raise CheckpointError(
-                    self._target,
-                    None,
-                    f"is not empty ({', '.join(strange[:3])}); choose another directory",
-                )
-            return {}
-        try:
-            manifest = json.loads(path.read_text())
-            identity, files = manifest["identity"], dict(manifest["files"])
-        except (ValueError, TypeError, KeyError) as error:
-            problem = f"cannot be read ({error!r}); remove the directory to begin again"
-            raise CheckpointError(path, None, problem) from error
-        if identity != json.loads(json.dumps(self._identity())):
-            raise CheckpointError(
-                self._target,
-                None,
-                "holds the beginning of another job (other model, format or group size); choose "
-                "another directory, or remove it",
-            )
-        return files
-
-    def _is_whole(self, name: str, noted: Mapping[str, Any] | None) -> bool:
-        path = self._target / name
-        return noted is not None and path.exists() and file_hash(path) == noted.get("sha256")
-
-    def _save_manifest(self) -> None:
-        self._save_json(MANIFEST, {"identity": self._identity(), "files": self._files})
-
-    def _save_json(self, name: str, content: Mapping[str, Any]) -> None:
-        fresh = self._target / f"{name}.part"
-        fresh.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(fresh, self._target / name)
-
     # -- what makes the files a checkpoint ---------------------------------------------------
 
     def _copy_files(self) -> None:
@@ -301,17 +327,20 @@ class _Run:
             for file in made.iterdir():
                 shutil.copyfile(file, self._target / file.name)
 
-    def _write_index(self) -> None:
+    def _write_index(self, manifest: Manifest) -> None:
         weight_map = {
-            tensor: name for name, file in self._files.items() for tensor in file["tensors"]
+            tensor: name for name, file in manifest.files.items() for tensor in file["tensors"]
         }
-        total = sum((self._target / name).stat().st_size for name in self._files)
-        self._save_json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        total = {"total_size": self._written_bytes()}
+        save_json(self._target / INDEX, {"metadata": total, "weight_map": weight_map})
+
+    def _written_bytes(self) -> int:
+        return sum((self._target / name).stat().st_size for name in self._named)
 
     def _write_config(self) -> None:
         config = {**self._checkpoint.config, "quantization_config": self._quantization_config()}
         config.pop("torch_dtype", None)
-        self._save_json("config.json", {**config, "dtype": "bfloat16"})
+        save_json(self._target / "config.json", {**config, "dtype": "bfloat16"})
 
     def _quantization_config(self) -> dict[str, Any]:
         groups: dict[StoredScheme, list[str]] = {}
@@ -336,14 +365,14 @@ class _Run:
             yield f"re:.*{re.escape(name).replace(re.escape('{i}'), '[0-9]+')}$", linear.n_in
 
     def _result(self, resumed: int) -> QuantizeResult:
-        linears = [linear for piece in self._pieces for linear in piece.linears]
+        linears = [linear for piece in self._named.values() for linear in piece.linears]
         weights = sum(linear.n_out * linear.n_in for linear in linears)
         bits = sum(_bits(self._scheme(linear.n_in), linear) for linear in linears)
         return QuantizeResult(
             num_layers=self._config.num_layers,
             resumed_files=resumed,
             source_bytes=self._total,
-            written_bytes=sum((self._target / name).stat().st_size for name in self._files),
+            written_bytes=self._written_bytes(),
             bits_per_weight=bits / weights,
             elapsed_s=time.monotonic() - self._started_s,
         )

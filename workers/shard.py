@@ -50,6 +50,14 @@ def spec_formats(config: DecoderConfig, spec: StageSpec) -> ModelFormats:
     return model_formats(config, spec.format, head=spec.head_format)
 
 
+def qkv_rows(config: DecoderConfig) -> Tensor | None:
+    """The order in which BLOOM's rows [H, (q, k, v), D] are all q, all k, all v; None: they are."""
+    if not config.fused_qkv_by_head:
+        return None
+    heads, size = config.num_heads, config.head_dim
+    return torch.arange(3 * heads * size).view(heads, 3, size).transpose(0, 1).flatten()
+
+
 class _Reader:
     """A checkpoint seen through a model's names: prefix found, reads counted."""
 
@@ -282,19 +290,12 @@ class ShardModel:
         linear = partial(self._linear, reader, layer=i)
         return LayerWeights(
             attn_norm=self._norm(reader, n.attn_norm.format(i=i)),
-            qkv=linear(Role.QKV, qkv_names, bias=config.qkv_bias, rows=self._qkv_rows()),
+            qkv=linear(Role.QKV, qkv_names, bias=config.qkv_bias, rows=qkv_rows(config)),
             attn_out=linear(Role.ATTN_OUT, (n.attn_out.format(i=i),), bias=config.attn_out_bias),
             mlp_norm=self._norm(reader, n.mlp_norm.format(i=i)),
             mlp_up=linear(Role.MLP_UP, mlp_names, bias=config.mlp_bias),
             mlp_down=linear(Role.MLP_DOWN, (n.mlp_down.format(i=i),), bias=config.mlp_bias),
         )
-
-    def _qkv_rows(self) -> Tensor | None:
-        """BLOOM's rows [H, (q, k, v), D] put as all q, all k, all v."""
-        if not self.config.fused_qkv_by_head:
-            return None
-        heads, size = self.config.num_heads, self.config.head_dim
-        return torch.arange(3 * heads * size).view(heads, 3, size).transpose(0, 1).flatten()
 
     def _load_embedding(self, reader: _Reader) -> None:
         config, n = self.config, self.config.names
