@@ -20,7 +20,7 @@ from tightfit.kernels.formats import SUPPORTED_FORMATS
 from tightfit.workers.model_formats import AUTO
 
 DEFAULT_LISTEN = "127.0.0.1:50051"
-METHODS = ("rtn", "gptq")
+METHODS = ("rtn", "hqq", "gptq")
 PLACEMENT_STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 
 
@@ -196,8 +196,9 @@ class QuantizeConfig:
     method: Annotated[
         str,
         Option(
-            "How int4 and int3 are rounded: rtn (to nearest), gptq (for the inputs that a "
-            "calibration text gives), or auto (gptq where there is a text).",
+            "How int4 and int3 are rounded: rtn (to nearest), hqq (fitted to the weights; read by "
+            "Tightfit only), gptq (for the inputs that a calibration text gives), or auto (gptq "
+            "where there is a text, else rtn).",
             choices=(AUTO, *METHODS),
         ),
     ] = AUTO

@@ -14,6 +14,7 @@ from tightfit.cluster.hub import resolve_model
 from tightfit.cluster.progress import LoadView
 from tightfit.cluster.tokenizer import load_tokenizer
 from tightfit.cluster.units import format_bytes, format_seconds
+from tightfit.workers.model_formats import AUTO
 from tightfit.workers.quantizer import (
     Calibration,
     QuantizeJob,
@@ -36,6 +37,7 @@ def quantize(config: QuantizeConfig, *, as_json: bool = False) -> int:
         target=config.out,
         format=config.format,
         group_size=config.group_features,
+        method=_method(config),
         calibration=_calibration(config, model),
     )
     label = Path(config.model).name
@@ -48,15 +50,21 @@ def quantize(config: QuantizeConfig, *, as_json: bool = False) -> int:
     return 0
 
 
+def _method(config: QuantizeConfig) -> str:
+    has_text = config.calibration is not None
+    method = config.method
+    if method == AUTO:
+        return "gptq" if has_text else "rtn"
+    if method == "gptq" and not has_text:
+        raise ConfigError("quantize.calibration is missing: gptq needs a text to calibrate with")
+    if method != "gptq" and has_text:
+        raise ConfigError(f"quantize.calibration is for gptq; {method} takes none")
+    return method
+
+
 def _calibration(config: QuantizeConfig, model: Path) -> Calibration | None:
     if config.calibration is None:
-        if config.method == "gptq":
-            raise ConfigError(
-                "quantize.calibration is missing: gptq needs a text to calibrate with"
-            )
         return None
-    if config.method == "rtn":
-        raise ConfigError("quantize.calibration is for gptq; rtn takes none")
     num_tokens = min(config.sample_tokens, context_tokens(model))
     pool = text_samples(Path(config.calibration), load_tokenizer(model), num_tokens)
     return Calibration(

@@ -103,7 +103,7 @@ class Quantized:
     scale: Tensor
     """[N, G], floating: input features g · K / G to (g + 1) · K / G share scale g."""
     zero_point: Tensor
-    """[N, G] in [0, 2^bits), of any dtype."""
+    """[N, G], of any dtype: whole numbers in [0, 2^bits), or after `hqq` any."""
 
     def rows(self, index: Tensor) -> Quantized:
         """Some output features, in this order."""

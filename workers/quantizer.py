@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tightfit.kernels.formats import WEIGHT_BITS, Format, default_group_size
 from tightfit.kernels.groups import INT8_MIDDLE, Quantized, round_to_nearest
+from tightfit.kernels.hqq import hqq
 from tightfit.kernels.weights import quantize_rows
 from tightfit.workers.api import LoadProgress
 from tightfit.workers.calibration import CalibratedRounding, Calibration
@@ -30,7 +31,7 @@ from tightfit.workers.decoder_config import LinearShape, decoder_config
 from tightfit.workers.errors import CheckpointError
 from tightfit.workers.manifest import MANIFEST, Manifest, save_json
 from tightfit.workers.model_formats import common_group_size
-from tightfit.workers.stored import Packing, StoredScheme
+from tightfit.workers.stored import REAL_ZERO_DTYPE, Packing, StoredScheme
 from tightfit.workers.tokenizer_files import convert
 
 __all__ = ["Calibration", "QuantizeJob", "QuantizeResult", "context_tokens", "quantize_checkpoint"]
@@ -54,8 +55,10 @@ class QuantizeJob:
     group_size: int | None = None
     """Input features that share a scale; None: `common_group_size` of the model, else
     the default of each layer; 0: one scale for each output channel."""
+    method: str = "rtn"
+    """How `int4` and `int3` are rounded: "rtn" (to nearest), "hqq" or "gptq"."""
     calibration: Calibration | None = None
-    """Round by GPTQ for these samples; None: to nearest."""
+    """What gptq rounds for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,14 +148,17 @@ class _Run:
         self._started_s = time.monotonic()
 
     def _calibrated_rounding(self) -> CalibratedRounding | None:
-        calibration = self._job.calibration
-        if calibration is None:
-            return None
-        if Format(self._job.format) not in WEIGHT_BITS:
-            problem = f"{self._job.format} is rounded to nearest, without calibration"
+        job = self._job
+        if job.method != "rtn" and Format(job.format) not in WEIGHT_BITS:
+            problem = f"{job.format} is rounded to nearest; {job.method} is for int4 and int3"
             raise CheckpointError(self._source, None, problem)
+        if (job.method == "gptq") != (job.calibration is not None):
+            problem = "gptq needs samples to calibrate with, and no other method takes any"
+            raise CheckpointError(self._source, None, problem)
+        if job.calibration is None:
+            return None
         return CalibratedRounding(
-            self._checkpoint, self._config, self._source, calibration, self._target
+            self._checkpoint, self._config, self._source, job.calibration, self._target
         )
 
     # -- what there is to do -----------------------------------------------------------------
@@ -195,10 +201,20 @@ class _Run:
         if size is None:
             size = common_group_size(self._config) or default_group_size(n_in)
         return StoredScheme(
-            packing=Packing.DENSE_3 if fmt is Format.INT3 else Packing.WORDS,
+            packing=self._packing(fmt),
             bits=WEIGHT_BITS[fmt],
             group_size=size or None,
+            has_real_zero=self._has_real_zero(fmt),
         )
+
+    def _packing(self, fmt: Format) -> Packing:
+        if fmt is Format.INT3:
+            return Packing.DENSE_3
+        return Packing.DENSE_4 if self._has_real_zero(fmt) else Packing.WORDS
+
+    def _has_real_zero(self, fmt: Format) -> bool:
+        """With 4 bits HQQ is the better for it, with 3 the worse."""
+        return self._job.method == "hqq" and fmt is Format.INT4
 
     # -- doing it ----------------------------------------------------------------------------
 
@@ -250,6 +266,7 @@ class _Run:
             "group_size": self._job.group_size,
             "config": dict(self._checkpoint.config),
             "bytes": self._total,
+            "method": self._job.method,
             "calibration": None
             if calibration is None
             else [calibration.digest, calibration.damping, calibration.act_order],
@@ -275,7 +292,7 @@ class _Run:
         rounded = self._rounded(piece)
         for linear in piece.linears:
             scheme = self._scheme(linear.n_in)
-            weight = rounded.get(linear.name) or self._to_nearest(linear, scheme)
+            weight = rounded.get(linear.name) or self._rounded_alone(linear, scheme)
             for suffix, tensor in stored_tensors(weight, scheme).items():
                 tensors[self._written(f"{linear.name}.{suffix}")] = tensor
         return tensors
@@ -291,9 +308,11 @@ class _Run:
             note=self._note,
         )
 
-    def _to_nearest(self, linear: LinearShape, scheme: StoredScheme) -> Quantized:
+    def _rounded_alone(self, linear: LinearShape, scheme: StoredScheme) -> Quantized:
         try:
-            return _quantized(self._read(f"{linear.name}.weight"), scheme)
+            return _quantized(
+                self._read(f"{linear.name}.weight"), scheme, is_fitted=self._job.method == "hqq"
+            )
         except ValueError as error:
             raise CheckpointError(self._source, linear.name, str(error)) from error
 
@@ -378,7 +397,7 @@ class _Run:
         )
 
 
-def _quantized(weight: Tensor, scheme: StoredScheme) -> Quantized:
+def _quantized(weight: Tensor, scheme: StoredScheme, *, is_fitted: bool) -> Quantized:
     if scheme.bits == 8:
         rows = quantize_rows(weight)
         integers = rows.values.view(torch.uint8).add(INT8_MIDDLE)
@@ -388,6 +407,13 @@ def _quantized(weight: Tensor, scheme: StoredScheme) -> Quantized:
             integers=integers,
             scale=scale,
             zero_point=torch.full_like(scale, INT8_MIDDLE),
+        )
+    if is_fitted:
+        return hqq(
+            weight,
+            bits=scheme.bits,
+            group_size=scheme.group_size,
+            has_real_zero=scheme.has_real_zero,
         )
     return round_to_nearest(weight, bits=scheme.bits, group_size=scheme.group_size)
 
@@ -401,13 +427,19 @@ def _config_group(scheme: StoredScheme, targets: list[str]) -> dict[str, Any]:
         "group_size": scheme.group_size,
         "dynamic": False,
     }
+    if scheme.has_real_zero:
+        weights["zp_dtype"] = REAL_ZERO_DTYPE
     return {"targets": targets, "format": str(scheme.packing.value), "weights": weights}
 
 
 def _bits(scheme: StoredScheme, linear: LinearShape) -> int:
     """Of one layer in the files."""
     groups = linear.n_out * scheme.num_groups(linear.n_in)
-    zero_bits = (
-        0 if scheme.is_symmetric else 8 if scheme.packing is Packing.DENSE_3 else scheme.bits
-    )
-    return scheme.bits * linear.n_out * linear.n_in + groups * (16 + zero_bits)
+    per_group = 16 if scheme.is_symmetric else 16 + _zero_bits(scheme)
+    return scheme.bits * linear.n_out * linear.n_in + groups * per_group
+
+
+def _zero_bits(scheme: StoredScheme) -> int:
+    if scheme.has_real_zero:
+        return 16
+    return 8 if scheme.is_dense else scheme.bits

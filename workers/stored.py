@@ -21,6 +21,8 @@ from tightfit.workers.errors import UnsupportedModelError
 
 WORD_BITS = 32
 DENSE_3_WORDS = 3
+REAL_ZERO_DTYPE = "torch.bfloat16"
+"""What `zp_dtype` says, in the words of compressed-tensors, where zero points are real."""
 
 
 class Packing(Enum):
@@ -31,7 +33,10 @@ class Packing(Enum):
     BYTES = "int-quantized"
     """compressed-tensors: int8 values [N, K]."""
     DENSE_3 = "tightfit-dense-3bit"
-    """Ours: 32 values of 3 bits in 3 words, as `kernels.groups` has them; zero points as bytes."""
+    """Ours: 32 values of 3 bits in 3 words, as `kernels.groups` has them; zero points not packed:
+    whole ones as bytes, real ones in bf16."""
+    DENSE_4 = "tightfit-dense-4bit"
+    """Ours: WORDS of 4 bits, with zero points as DENSE_3 has them."""
     GPTQ = "gptq"
     """int32 words along K, transposed: [K, N]."""
     AWQ = "awq"
@@ -52,6 +57,8 @@ class StoredScheme:
     """There are no zero points: they are the middle integer."""
     has_order: bool = False
     """Each feature's group is stored (GPTQ's `g_idx`), because groups are not runs of features."""
+    has_real_zero: bool = False
+    """Zero points are no whole numbers."""
     zero_offset: int = 0
     """Added to the stored zero points (1 in GPTQ's first format)."""
 
@@ -65,9 +72,16 @@ class StoredScheme:
     @property
     def integer_suffixes(self) -> tuple[str, ...]:
         """Last parts of the names of tensors that hold whole numbers."""
-        names = ["weight_packed", "qweight", "qzeros", "weight_zero_point", "g_idx", "weight_g_idx"]
+        names = ["weight_packed", "qweight", "qzeros", "g_idx", "weight_g_idx"]
+        if not self.has_real_zero:
+            names.append("weight_zero_point")
         is_bytes = self.packing in (Packing.BYTES, Packing.BITSANDBYTES)
         return (*names, "weight") if is_bytes else tuple(names)
+
+    @property
+    def is_dense(self) -> bool:
+        """It is one of our own layouts, whose zero points are not packed."""
+        return self.packing in (Packing.DENSE_3, Packing.DENSE_4)
 
     def num_groups(self, n_in: int) -> int:
         """G.
@@ -121,7 +135,7 @@ class StoredScheme:
         else:
             yield "weight_packed", (n_out, -(-n_in // per_word))
         if not self.is_symmetric:
-            rows = n_out if self.packing is Packing.DENSE_3 else -(-n_out // per_word)
+            rows = n_out if self.is_dense else -(-n_out // per_word)
             yield "weight_zero_point", (rows, groups)
         if self.has_order:
             yield "weight_g_idx", (n_in,)
@@ -243,8 +257,15 @@ def _compressed_tensors(section: Mapping[str, Any]) -> StoredQuantization:
     )
 
 
+CT_BITS = {
+    Packing.WORDS: (4, 8), Packing.BYTES: (8,), Packing.DENSE_3: (3,), Packing.DENSE_4: (4,),
+}  # fmt: skip
+"""Supported bits of the layouts of compressed-tensors and of ours, which its configs describe."""
+
+
 def _compressed_scheme(weights: Mapping[str, Any], packing: object, name: str) -> StoredScheme:
-    kinds = {str(kind.value): kind for kind in (Packing.WORDS, Packing.BYTES, Packing.DENSE_3)}
+    known = (Packing.WORDS, Packing.BYTES, Packing.DENSE_3, Packing.DENSE_4)
+    kinds = {str(kind.value): kind for kind in known}
     if packing not in kinds:
         raise _unsupported(f"config_groups: {name}: format is {packing!r}; supported are "
                            f"{', '.join(kinds)}")  # fmt: skip
@@ -255,14 +276,15 @@ def _compressed_scheme(weights: Mapping[str, Any], packing: object, name: str) -
         raise _unsupported(f"config_groups: {name}: strategy is {strategy!r}; supported are group "
                            "and channel")  # fmt: skip
     kind = kinds[packing]
-    bits = _whole(weights, "num_bits", *{Packing.BYTES: (8,), Packing.DENSE_3: (3,)}.get(
-        kind, (4, 8)))  # fmt: skip
+    bits = _whole(weights, "num_bits", *CT_BITS[kind])
     return StoredScheme(
         packing=kind,
         bits=bits,
         group_size=_group_size(weights) if strategy == "group" else None,
         is_symmetric=bool(weights.get("symmetric", True)),
         has_order=weights.get("actorder") == "group",
+        has_real_zero=kind in (Packing.DENSE_3, Packing.DENSE_4)
+        and weights.get("zp_dtype") == REAL_ZERO_DTYPE,
     )
 
 

@@ -31,7 +31,12 @@ def _source(variant, path):
 
 def _job(source, target, fmt="int4", calibration=CALIBRATION, **settings):
     return QuantizeJob(
-        source=str(source), target=str(target), format=fmt, calibration=calibration, **settings
+        source=str(source),
+        target=str(target),
+        format=fmt,
+        method="rtn" if calibration is None else "gptq",
+        calibration=calibration,
+        **settings,
     )
 
 
@@ -129,7 +134,7 @@ def report(progress):
         sys.stdin.readline()
 job = json.loads(sys.argv[1])
 calibration = Calibration(samples=job.pop("samples"))
-quantize_checkpoint(QuantizeJob(calibration=calibration, **job), report)
+quantize_checkpoint(QuantizeJob(method="gptq", calibration=calibration, **job), report)
 """
 
 
@@ -231,6 +236,8 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, bad):
 
 def test_int8_takes_no_calibration(tmp_path):
     _source("llama", tmp_path / "in")
-    with pytest.raises(CheckpointError, match="int8 is rounded to nearest, without calibration"):
+    with pytest.raises(
+        CheckpointError, match="int8 is rounded to nearest; gptq is for int4 and int3"
+    ):
         quantize_checkpoint(_job(tmp_path / "in", tmp_path / "out", "int8"))
     assert not (tmp_path / "out").exists()

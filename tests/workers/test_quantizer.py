@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import quantized_checkpoints
+import safetensors.torch
 import tiny_models
 import torch
 from shard_chain import Chain, part, random_tokens, tables
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+from tightfit.kernels.groups import GroupWeight, pack_groups
+from tightfit.kernels.hqq import hqq
 from tightfit.workers.api import StageSpec
 from tightfit.workers.checkpoint import open_checkpoint
 from tightfit.workers.checkpoints.written import file_hash
@@ -101,6 +104,39 @@ def test_the_bits_of_a_weight_count_scales_and_zero_points(sources, tmp_path):
     assert quantize_checkpoint(_job(sources(), tmp_path / "c", "int8")).bits_per_weight > 8
 
 
+@pytest.mark.parametrize("variant", ["llama", "bloom", "opt"])
+@pytest.mark.parametrize(("fmt", "bits"), [("int4", 4), ("int3", 3)])
+def test_what_was_fitted_is_held_as_it_was(sources, tmp_path, fmt, bits, variant):
+    job = _job(sources(variant), tmp_path / "out", fmt, method="hqq", group_size=16)
+    assert quantize_checkpoint(job).bits_per_weight >= bits + (2 if bits == 4 else 1.5)
+    source, held = Chain(sources(variant), 1), Chain(tmp_path / "out", 1, "auto")
+    widened = Chain(tmp_path / "out", 1, "fp32")
+    for i in range(tiny_models.LAYERS):
+        weight = source.shards[0].layers[i].weights.mlp_down.weight
+        fitted = hqq(weight, bits=bits, group_size=16, has_real_zero=bits == 4)
+        mine = widened.shards[0].layers[i].weights.mlp_down.weight
+        torch.testing.assert_close(mine, fitted.dequantize(), rtol=0, atol=0)
+        packed = held.shards[0].layers[i].weights.mlp_down.weight
+        assert isinstance(packed, GroupWeight)
+        torch.testing.assert_close(
+            packed.dequantize(), pack_groups(fitted).dequantize(), rtol=0, atol=0
+        )
+    tokens = random_tokens(40, seed=2)
+    exact, mine = (chain.log_probs([part(0, tables()[0], 0, tokens)]) for chain in (widened, held))
+    assert (exact.exp() * (exact - mine)).sum(-1).mean() < 2e-3
+
+
+def test_a_zero_point_that_is_not_finite_is_named(sources, tmp_path):
+    quantize_checkpoint(_job(sources(), tmp_path / "out", method="hqq"))
+    file = tmp_path / "out" / f"model-00002-of-{FILES:05}.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    name = next(name for name in tensors if name.endswith("o_proj.weight_zero_point"))
+    tensors[name][0, 0] = float("nan")
+    safetensors.torch.save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"o_proj.*zero point is NaN or infinite"):
+        Chain(tmp_path / "out", 1, "auto")
+
+
 def test_a_stage_opens_the_files_of_its_own_layers_only(sources, tmp_path):
     quantize_checkpoint(_job(sources(), tmp_path / "out"))
     whole = Chain(tmp_path / "out", 1, "auto").shards[0]
@@ -183,7 +219,9 @@ def test_a_directory_with_something_else_in_it_is_left_alone(sources, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.parametrize("change", [{"fmt": "int3"}, {"group_size": 16}, {"source": "bloom"}])
+@pytest.mark.parametrize(
+    "change", [{"fmt": "int3"}, {"group_size": 16}, {"method": "hqq"}, {"source": "bloom"}]
+)
 def test_the_beginning_of_another_job_is_not_gone_on_with(sources, tmp_path, change):
     quantize_checkpoint(_job(sources(), tmp_path / "out"))
     before = _hashes(tmp_path / "out")
@@ -206,6 +244,10 @@ def test_what_cannot_be_quantised_is_refused_before_anything_is_written(sources,
         quantize_checkpoint(_job(tmp_path / "gptq", tmp_path / "out"))
     with pytest.raises(CheckpointError, match="48 input features, which groups of 36 do not"):
         quantize_checkpoint(_job(sources(), tmp_path / "out", group_size=36))
+    with pytest.raises(CheckpointError, match="int8 is rounded to nearest; hqq is for int4 and"):
+        quantize_checkpoint(_job(sources(), tmp_path / "out", "int8", method="hqq"))
+    with pytest.raises(CheckpointError, match="gptq needs samples to calibrate with"):
+        quantize_checkpoint(_job(sources(), tmp_path / "out", method="gptq"))
     with pytest.raises(CheckpointError, match="is the source; choose another directory"):
         quantize_checkpoint(_job(sources(), sources()))
     assert not (tmp_path / "out").exists()

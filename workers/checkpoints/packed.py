@@ -72,7 +72,7 @@ def read_stored(
     """One layer out of its tensors, by the last part of their names.
 
     Raises:
-        ValueError: a scale is not finite, or a feature's group does not exist.
+        ValueError: a scale or zero point is not finite, or a feature's group does not exist.
     """
     match scheme.packing:
         case Packing.GPTQ:
@@ -94,8 +94,9 @@ def _made(
     group_of: Tensor | None = None,
 ) -> StoredLinear:
     """With the checks and defaults that all packings share."""
-    if not bool(torch.isfinite(scale).all()):
-        raise ValueError("a scale is NaN or infinite")
+    for name, numbers in (("scale", scale), ("zero point", zero_point)):
+        if numbers is not None and not bool(torch.isfinite(numbers).all()):
+            raise ValueError(f"a {name} is NaN or infinite")
     if zero_point is None:
         zero_point = torch.full_like(scale, 2 ** (scheme.bits - 1), dtype=torch.float32)
     order = None if group_of is None else _order(group_of, scale.shape[1])
@@ -132,7 +133,7 @@ def _compressed_tensors(
         integers = unpack_rows(packed.view(n_out, -1, 3), bits=3, n_in=n_in).to(torch.uint8)
         return _made(scheme, integers, scale, zero_point)
     integers = _unpacked(packed, scheme.bits)[:, :n_in].contiguous()
-    if zero_point is not None:
+    if zero_point is not None and not scheme.is_dense:
         zero_point = _unpacked(zero_point.t(), scheme.bits)[:, :n_out].t()
     return _made(scheme, integers, scale, zero_point, tensors.get("weight_g_idx"))
 

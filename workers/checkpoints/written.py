@@ -1,7 +1,7 @@
 """Linear layers as compressed-tensors stores them: the reverse of `packed.py`.
 
 N output features, K input features, G groups. Layouts `pack-quantized` of compressed-tensors 0.20,
-and for 3 bits our own dense one (`stored.Packing.DENSE_3`).
+and for 3 bits or real zero points our own dense ones (`stored.Packing.DENSE_3`, `DENSE_4`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def stored_tensors(weight: Quantized, scheme: StoredScheme) -> dict[str, Tensor]
 
     Args:
         weight: [N, K].
-        scheme: with the packing WORDS or DENSE_3.
+        scheme: with the packing WORDS, DENSE_3 or DENSE_4.
     """
     tensors = {
         "weight_scale": weight.scale.to(torch.bfloat16).contiguous(),
@@ -35,10 +35,12 @@ def stored_tensors(weight: Quantized, scheme: StoredScheme) -> dict[str, Tensor]
     }
     if scheme.packing is Packing.DENSE_3:
         tensors["weight_packed"] = pack_rows(weight.integers, bits=3).flatten(1)
-        tensors["weight_zero_point"] = weight.zero_point.to(torch.uint8).contiguous()
-        return tensors
-    tensors["weight_packed"] = _words(weight.integers, scheme.bits)
-    if not scheme.is_symmetric:
+    else:
+        tensors["weight_packed"] = _words(weight.integers, scheme.bits)
+    if scheme.is_dense:
+        dtype = torch.bfloat16 if scheme.has_real_zero else torch.uint8
+        tensors["weight_zero_point"] = weight.zero_point.to(dtype).contiguous()
+    elif not scheme.is_symmetric:
         zero_point = _words(weight.zero_point.to(torch.uint8).t(), scheme.bits)
         tensors["weight_zero_point"] = zero_point.t().contiguous()
     return tensors
