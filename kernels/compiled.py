@@ -28,11 +28,6 @@ CAPABILITIES: Final = (80, 86, 89, 90, 100)
 OLD_CAPABILITIES: Final = (70, 75)
 """Those on which the kernels for few tokens must."""
 
-CHIPS: Final = {
-    70: "V100", 75: "T4", 80: "A100", 86: "A10", 89: "L4, L40S", 90: "H100", 100: "B200",
-}  # fmt: skip
-"""What has which capability."""
-
 SHARED_MEMORY_BYTES: Final = {
     70: 98_304, 75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448,
 }  # fmt: skip

@@ -5,10 +5,12 @@ T tokens, N output features, K input features. Given fp64 inputs it computes in 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tightfit.kernels.groups import GroupWeight
 from tightfit.kernels.weights import INT8_MAX, Int8Weight
@@ -51,3 +53,62 @@ def llm_int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -
     y = dot * scale_x * weight.scale.to(x.dtype)
     y = y + x[:, outlier] @ weight.dequantize(x.dtype)[:, outlier].T
     return y if bias is None else y + bias.to(x.dtype)
+
+
+def add_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    is_rms: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The norm of x + residual over each row of [T, C], in x's dtype, and that sum."""
+    total = x if residual is None else x + residual
+    centred = total if is_rms else total - total.mean(-1, keepdim=True)
+    y = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    y = y if weight is None else y * weight.to(y.dtype)
+    return y if bias is None else y + bias.to(y.dtype), None if residual is None else total
+
+
+ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def activate(x: Tensor, name: str, *, is_gated: bool) -> Tensor:
+    """[T, W]: the activation of x [T, W], or of x[:, :W] times x[:, W:] for x [T, 2 · W]."""
+    if not is_gated:
+        return ACTIVATIONS[name](x)
+    gate, up = x.chunk(2, -1)
+    return ACTIVATIONS[name](gate) * up
+
+
+def kept_tokens(weights: Tensor, *, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """Mask [V] of the tokens that min-p, then top-k, then top-p leave of one row.
+
+    Args:
+        weights: [V], probabilities up to a factor, the largest 1; of equal ones the lower id ranks
+            higher, and those of 0 are never left.
+        top_k: tokens kept at most; 0 is off.
+        top_p: share of the mass that is reached; from 1 on it is off.
+        min_p: least weight kept; 0 is off.
+    """
+    ranked, order = weights.sort(descending=True, stable=True)
+    is_kept = (ranked > 0) & (ranked >= min_p)
+    if top_k > 0:
+        is_kept[top_k:] = False
+    if top_p < 1.0:
+        mass = torch.where(is_kept, ranked, 0.0).cumsum(0, dtype=torch.float64)
+        is_kept[1:] &= mass[:-1] < top_p * mass[-1]
+    return torch.zeros_like(is_kept).scatter_(0, order, is_kept)
+
+
+def draw_token(weights: Tensor, is_kept: Tensor, uniform: float) -> int:
+    """The first id at which the kept tokens' running mass exceeds `uniform` times their total."""
+    mass = torch.where(is_kept, weights, 0.0).cumsum(0, dtype=torch.float64)
+    return int(torch.searchsorted(mass, mass[-1:] * uniform, right=True))

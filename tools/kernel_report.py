@@ -13,14 +13,14 @@ import multiprocessing
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tightfit.kernels import w8a16
-from tightfit.kernels.compiled import CHIPS, Case, Compiled, compile_case
+from tightfit.kernels import activation, norm, sampling, w8a16
+from tightfit.kernels.compiled import Case, Compiled, compile_case
 from tightfit.kernels.formats import Format, linear_bytes
 
-MODULES = (w8a16,)
+MODULES = (w8a16, norm, activation, sampling)
 DOCUMENT = Path(__file__).parent.parent / "docs" / "kernels.md"
 MARK = "<!-- below: written by make kernels -->"
 BANDWIDTHS = {"A100 80 GB": 2.04, "H100": 3.35, "L40S": 0.864, "L4": 0.3, "V100": 0.9}
@@ -58,19 +58,28 @@ def _cases(module: int) -> Sequence[Case]:
 def document(found: Sequence[Compiled]) -> str:
     """The tables of docs/kernels.md."""
     lines = ["## What the machine code says", ""]
-    lines += ["| kernel | chip | registers | shared KiB | of KiB | tensor-core ops | widest load |"]
-    lines += ["|---|---|---:|---:|---:|---:|---:|"]
+    lines += ["Of each column the least and the most over the chips; widest load, in bytes.", ""]
+    lines += ["| kernel | chips | registers | shared KiB | tensor-core ops | widest load |"]
+    lines += ["|---|---|---:|---:|---:|---:|"]
     by_name = defaultdict(list)
     for one in found:
         by_name[one.name].append(one)
     for name, several in by_name.items():
-        for one in several:
-            lines.append(
-                f"| {name} | {CHIPS[one.capability]} | {one.registers} | "
-                f"{one.shared_bytes / 1024:.1f} | {one.shared_limit_bytes / 1024:.0f} | "
-                f"{one.num_tensor_ops} | {one.widest_load_bytes} B |"
-            )
+        columns = (
+            _range(one.registers for one in several),
+            _range(round(one.shared_bytes / 1024) for one in several),
+            _range(one.num_tensor_ops for one in several),
+            _range(one.widest_load_bytes for one in several),
+        )
+        chips = _range(one.capability for one in several)
+        lines.append(f"| {name} | {chips} | {' | '.join(columns)} |")
     return "\n".join([*lines, "", *_bounds()]) + "\n"
+
+
+def _range(numbers: Iterable[int]) -> str:
+    sorted_numbers = sorted(numbers)
+    least, most = sorted_numbers[0], sorted_numbers[-1]
+    return str(least) if least == most else f"{least} to {most}"
 
 
 def _bounds() -> list[str]:
