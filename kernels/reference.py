@@ -31,11 +31,30 @@ def group_linear(x: Tensor, weight: GroupWeight, bias: Tensor | None = None) -> 
     return y if bias is None else y + bias.to(x.dtype)
 
 
+def quantize_input(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x as LLM.int8() multiplies it; computed in fp32, whatever x's dtype is.
+
+    A column k is an outlier when any |x[:, k]| ≥ 6. The other columns are quantised row by row with
+    their own absmax.
+
+    Args:
+        x: [T, K] floating, finite.
+    Returns:
+        x8 [T, K] int8, rounded half to even and 0 in outlier columns; its scale [T] fp32; the
+        outlier columns' indices in ascending order.
+    """
+    outlier = (x.abs() >= OUTLIER_THRESHOLD).any(dim=0)
+    regular = x.float().masked_fill(outlier, 0.0)
+    scale = regular.abs().amax(dim=1) / INT8_MAX
+    scale.masked_fill_(scale == 0, 1.0)
+    x8 = (regular / scale[:, None]).round().to(torch.int8)
+    return x8, scale, outlier.nonzero().view(-1)
+
+
 def llm_int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
     """LLM.int8(): outlier feature columns in x's precision, the rest in int8 × int8 → int32.
 
-    A column k is an outlier when any |x[:, k]| ≥ 6. The other columns are quantised row by row with
-    their own absmax. y = (x8 · w8ᵀ) · sx · sw + x_out · W_outᵀ + b.
+    y = (x8 · w8ᵀ) · sx · sw + x_out · W_outᵀ + b, split by `quantize_input`.
 
     Args:
         x: [T, K] floating.
@@ -44,14 +63,10 @@ def llm_int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -
     Returns:
         [T, N], dtype of x.
     """
-    outlier = (x.abs() >= OUTLIER_THRESHOLD).any(dim=0)
-    regular = torch.where(outlier, torch.zeros_like(x), x)
-    scale_x = regular.abs().amax(dim=1, keepdim=True) / INT8_MAX
-    scale_x = torch.where(scale_x == 0, torch.ones_like(scale_x), scale_x)
-    x8 = (regular / scale_x).round().clamp(-INT8_MAX, INT8_MAX)
+    x8, scale, outliers = quantize_input(x)
     dot = (x8.double() @ weight.values.double().T).to(x.dtype)  # exact: integers below 2^53
-    y = dot * scale_x * weight.scale.to(x.dtype)
-    y = y + x[:, outlier] @ weight.dequantize(x.dtype)[:, outlier].T
+    y = dot * scale.to(x.dtype)[:, None] * weight.scale.to(x.dtype)
+    y = y + x[:, outliers] @ weight.dequantize(x.dtype)[:, outliers].T
     return y if bias is None else y + bias.to(x.dtype)
 
 
