@@ -209,6 +209,14 @@ class QuantizeConfig:
     sample_tokens: Annotated[
         int, Option("Tokens of each, at most the model's context.", at_least=2)
     ] = 2048
+    sample_choice: Annotated[
+        str,
+        Option(
+            "Which pieces of a long text: spread (at equal distances), or by their distance to "
+            "prototypes in the space of the model's embeddings: easy (near) or hard (far).",
+            choices=("spread", "easy", "hard"),
+        ),
+    ] = "spread"
     damping: Annotated[
         float,
         Option("Share of the Hessian's mean diagonal that gptq adds to it.", at_least=0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tightfit.workers.quantizer import (
     QuantizeJob,
     QuantizeResult,
     context_tokens,
+    pick_samples,
     quantize_checkpoint,
 )
 
@@ -67,9 +69,13 @@ def _calibration(config: QuantizeConfig, model: Path) -> Calibration | None:
         return None
     num_tokens = min(config.sample_tokens, context_tokens(model))
     pool = text_samples(Path(config.calibration), load_tokenizer(model), num_tokens)
-    return Calibration(
-        samples=spread(pool, config.samples), damping=config.damping, act_order=config.act_order
-    )
+    samples: Sequence[Sequence[int]]
+    if config.sample_choice == "spread":
+        samples = spread(pool, config.samples)
+    else:
+        is_hardest = config.sample_choice == "hard"
+        samples = pick_samples(model, pool, config.samples, hardest=is_hardest)
+    return Calibration(samples=samples, damping=config.damping, act_order=config.act_order)
 
 
 def _summary(config: QuantizeConfig, result: QuantizeResult) -> str:

@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,18 @@ from tightfit.workers.decoder_config import LinearShape, decoder_config
 from tightfit.workers.errors import CheckpointError
 from tightfit.workers.manifest import MANIFEST, Manifest, save_json
 from tightfit.workers.model_formats import common_group_size
+from tightfit.workers.sample_choice import choose_samples, mean_embeddings
 from tightfit.workers.stored import REAL_ZERO_DTYPE, Packing, StoredScheme
 from tightfit.workers.tokenizer_files import convert
 
-__all__ = ["Calibration", "QuantizeJob", "QuantizeResult", "context_tokens", "quantize_checkpoint"]
+__all__ = [
+    "Calibration",
+    "QuantizeJob",
+    "QuantizeResult",
+    "context_tokens",
+    "pick_samples",
+    "quantize_checkpoint",
+]
 
 INDEX = "model.safetensors.index.json"
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -88,6 +96,23 @@ class _Piece:
     """Names of tensors that are kept, without prefix."""
     layer: int | None = None
     """Number of the block that it is."""
+
+
+def pick_samples(
+    source: str | Path, pool: Sequence[Sequence[int]], count: int, *, hardest: bool
+) -> list[Sequence[int]]:
+    """Samples of a pool by their distance to prototypes; see `sample_choice`.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: the model cannot be read.
+    """
+    checkpoint = open_checkpoint(source)
+    try:
+        config = decoder_config(checkpoint.config)
+        vectors = mean_embeddings(checkpoint, config, source, pool)
+    finally:
+        checkpoint.close()
+    return [pool[index] for index in choose_samples(vectors, count, hardest=hardest)]
 
 
 def context_tokens(source: str | Path) -> int:

@@ -55,7 +55,18 @@ def test_a_calibration_text_brings_the_model_nearer_to_the_original(tmp_path):
         done = quantize(model.path, tmp_path / name, *flags, *more)
         assert done.returncode == 0, done.stderr
     assert "calibration text through the embedding" in done.stderr
-    losses = {"nearest": 0.0, "gptq": 0.0}
+    done = quantize(
+        model.path,
+        tmp_path / "hard",
+        *flags,
+        *calibrate,
+        "--samples",
+        20,
+        "--sample-choice",
+        "hard",
+    )
+    assert done.returncode == 0, done.stderr
+    losses = {"nearest": 0.0, "gptq": 0.0, "hard": 0.0}
     for name in losses:
         chain = Chain(tmp_path / name, 1, "fp32")
         for seed in range(10):
@@ -64,6 +75,7 @@ def test_a_calibration_text_brings_the_model_nearer_to_the_original(tmp_path):
             mine = chain.log_probs([part(0, tables()[0], 0, tokens)])
             losses[name] += float((exact.exp() * (exact - mine)).sum(-1).mean())
     assert losses["gptq"] < 0.9 * losses["nearest"]
+    assert losses["hard"] < losses["nearest"]
 
 
 def test_gptq_without_a_text_and_a_text_without_gptq_are_refused(tmp_path):
