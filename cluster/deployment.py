@@ -34,7 +34,7 @@ from tightfit.cluster.planning.memory import plan_stages
 from tightfit.cluster.progress import LoadView
 from tightfit.cluster.scheduling.batching import Scheduler, SchedulerConfig
 from tightfit.cluster.tokenizer import Tokenizer, load_tokenizer
-from tightfit.workers.api import StageSpec, StageStatus
+from tightfit.workers.api import LoadProgress, StageSpec, StageStatus
 from tightfit.workers.model_formats import ModelFormats, model_formats
 
 log = logging.getLogger(__name__)
@@ -121,17 +121,21 @@ def start_replica(
     specs: list[StageSpec],
     on_lost: Callable[[str], None],
     cleanup: ExitStack,
+    *,
+    check: Callable[[], None],
 ) -> Replica:
-    """Place, load and wire the stages; `cleanup` ends them."""
+    """Place, load and wire the stages; `cleanup` ends them, `check` may raise to end the load."""
     group = StageGroup(session, specs, on_lost=on_lost)
     cleanup.callback(group.close)
     group.place()
     labels = [f"stage {spec.stage_index}" for spec in specs]
     with LoadView(labels) as view:
-        statuses = group.load(
-            timeout_s=config.load_timeout_s,
-            progress=lambda index, progress: view.update(labels[index], progress),
-        )
+
+        def report(index: int, progress: LoadProgress) -> None:
+            check()
+            view.update(labels[index], progress)
+
+        statuses = group.load(timeout_s=config.load_timeout_s, progress=report)
     return Replica(group=group, links=group.connect(epoch=FIRST_EPOCH), statuses=tuple(statuses))
 
 
@@ -192,7 +196,7 @@ def serve(config: ServeConfig) -> int:
             has been ended.
     """
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    with ExitStack() as cleanup, _interruptible():
+    with ExitStack() as cleanup, Interrupts() as interrupts:
         model = describe_model(config.model)
         _announce(config, model)
         specs = stage_specs(config, model)
@@ -206,7 +210,10 @@ def serve(config: ServeConfig) -> int:
         session = RaySession(ray_options(config))
         cleanup.callback(session.close)
         lost = LostStage()
-        replica = start_replica(session, config, specs, lost.report, cleanup)
+        interrupts.check()
+        replica = start_replica(
+            session, config, specs, lost.report, cleanup, check=interrupts.check
+        )
         engine = make_engine(config, model, replica, tokenizer.result(), metrics)
         lost.tell(engine.fail)
         if config.metrics_listen is not None:
@@ -214,7 +221,7 @@ def serve(config: ServeConfig) -> int:
             cleanup.callback(MetricsServer(registry, host, port).close)
         gc.collect()
         gc.freeze()  # nothing of the start-up is garbage later
-        return asyncio.run(_serve(config, engine, tokenizer.result(), metrics))
+        return asyncio.run(_serve(config, engine, tokenizer.result(), metrics, interrupts))
 
 
 class LostStage:
@@ -253,25 +260,50 @@ def _announce(config: ServeConfig, model: ModelDescription) -> None:
         print(f"{config.model_name}: {note}", file=sys.stderr)
 
 
-class _interruptible:
-    """While loading, SIGTERM interrupts like SIGINT; the handlers before are put back
-    afterwards."""
+class Interrupts:
+    """While the `with` block runs, SIGINT and SIGTERM raise KeyboardInterrupt in the main thread;
+    the handlers before are put back afterwards.
 
-    def __enter__(self) -> None:
-        self._before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    An exception that a signal raises is lost where it meets a callback of C code, a finaliser or a
+    library that catches everything. That a signal came is therefore remembered, for `check`.
+    """
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self._came = False
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if there was a signal."""
+        if self._came:
+            raise KeyboardInterrupt
+
+    def _interrupt(self, _number: int, _frame: object) -> None:
+        self._came = True
+        raise KeyboardInterrupt
+
+    def __enter__(self) -> Interrupts:
+        self._before = {number: signal.signal(number, self._interrupt) for number in self.NUMBERS}
+        return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 async def _serve(
-    config: ServeConfig, engine: Engine, tokenizer: Tokenizer, metrics: Metrics
+    config: ServeConfig,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    metrics: Metrics,
+    interrupts: Interrupts,
 ) -> int:
     """Answer until a signal or a drain ends it."""
     loop = asyncio.get_running_loop()
     stop, drain = asyncio.Event(), asyncio.Event()
     loop.add_signal_handler(signal.SIGINT, stop.set)
     loop.add_signal_handler(signal.SIGTERM, drain.set)
+    interrupts.check()
     gateway = GatewayServer(engine, tokenizer, metrics)
     host, port = split_address(config.listen)
     try:

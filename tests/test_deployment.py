@@ -1,11 +1,14 @@
 """From a configuration to the stages that it asks for."""
 
+import os
+import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tightfit.cluster.config import ServeConfig
-from tightfit.cluster.deployment import stage_specs
+from tightfit.cluster.deployment import Interrupts, stage_specs
 from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.launch import ModelDescription
 from tightfit.workers.decoder_config import decoder_config
@@ -31,3 +34,15 @@ def test_every_stage_is_told_the_formats():
 def test_formats_that_do_not_go_together_are_refused():
     with pytest.raises(ConfigError, match=r"head_format: layers in fp32 .* choose fp32 for both"):
         _specs(format="fp32", head_format="int8")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_something_swallows_still_ends_the_start(number):
+    before = signal.getsignal(number)
+    with Interrupts() as interrupts:
+        interrupts.check()
+        with suppress(BaseException):  # as a finaliser does, or a library
+            os.kill(os.getpid(), number)
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
+    assert signal.getsignal(number) is before

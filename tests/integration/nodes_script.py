@@ -54,7 +54,9 @@ def main(path: str, length: int) -> None:
         model = describe_model(config.model)
         session = RaySession(ray_options(config))
         cleanup.callback(session.close)
-        replica = start_replica(session, config, stage_specs(config, model), print, cleanup)
+        replica = start_replica(
+            session, config, stage_specs(config, model), print, cleanup, check=lambda: None
+        )
         metrics = Metrics(CollectorRegistry(), num_stages=2)
         engine = make_engine(config, model, replica, load_tokenizer(model.path), metrics)
         cleanup.callback(engine.stop)
