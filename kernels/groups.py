@@ -13,6 +13,9 @@ Layouts of the integers, `GroupWeight.packed`:
 - 4 bits, `Layout.BLOCKS`: [N / 64, K, 32] uint8 for N a multiple of 64: for each 64 rows and
   each input feature, byte j holds row j in its low half and row 32 + j in its high one. It is what
   torch's op reads on a CPU with AVX-512.
+- 4 and 3 bits, `Layout.PLANES`: int32 words as `Layout.ROWS` has them, [N, 1, ⌈K / 8⌉] and
+  [N, 3, ⌈K / 32⌉], the three words of 3 bits apart; padded to a multiple of 4 words. For GPUs: a
+  thread's loads of 16 bytes are 4 packs' words.
 - 3 bits, `Layout.ROWS`: [N, ⌈K / 32⌉, 3] int32, 32 input features in 3 words: the low two bits of
   features 0 to 15 in the first, of 16 to 31 in the second (bits 2i and 2i + 1), the top bits of all
   32 in the third (bit i).
@@ -37,6 +40,8 @@ INT8_MIDDLE: Final = 128
 
 BLOCK_ROWS: Final = 64
 HALF_BLOCK: Final = BLOCK_ROWS // 2
+PLANE_WORDS: Final = 4
+"""Of a row of `Layout.PLANES`, a multiple: 16 bytes."""
 
 
 class Layout(Enum):
@@ -44,6 +49,7 @@ class Layout(Enum):
 
     ROWS = "rows"
     BLOCKS = "blocks"
+    PLANES = "planes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +82,8 @@ class GroupWeight:
         """q of rows first to end, [rows, K] uint8 or int32. `first` and `end` lie on 64 rows in
         `Layout.BLOCKS`."""
         end = self.n_out if end is None else end
+        if self.layout is Layout.PLANES:
+            return unpack_planes(self.packed[first:end], bits=self.bits, n_in=self.n_in)
         if self.layout is Layout.BLOCKS:
             return unpack_blocks(self.packed[first // BLOCK_ROWS : -(-end // BLOCK_ROWS)])
         return unpack_rows(self.packed[first:end], bits=self.bits, n_in=self.n_in)
@@ -161,6 +169,22 @@ def unpack_blocks(packed: Tensor) -> Tensor:
     return halves.transpose(1, 2).reshape(-1, packed.shape[1])
 
 
+def pack_planes(integers: Tensor, *, bits: int) -> Tensor:
+    """q [N, K] of any integer dtype, in [0, 2^bits), to `Layout.PLANES`."""
+    rows = pack_rows(F.pad(integers, (0, -integers.shape[1] % 32)), bits=bits)
+    words = rows.view(torch.int32).unsqueeze(1) if bits == 4 else rows.transpose(1, 2)
+    if bits == 4:
+        words = words[..., : -(-integers.shape[1] // 8)]
+    return F.pad(words, (0, -words.shape[2] % PLANE_WORDS)).contiguous()
+
+
+def unpack_planes(packed: Tensor, *, bits: int, n_in: int) -> Tensor:
+    """The reverse of `pack_planes`: [N, n_in]."""
+    if bits == 4:
+        return unpack_rows(packed.squeeze(1).contiguous().view(torch.uint8), bits=4, n_in=n_in)
+    return unpack_rows(packed.transpose(1, 2).contiguous(), bits=3, n_in=n_in)
+
+
 def grid(groups: Tensor, *, bits: int, share: float = 1.0) -> tuple[Tensor, Tensor]:
     """Scale and zero point that span each group and 0, by least and greatest value.
 
@@ -201,15 +225,24 @@ def pack_groups(weight: Quantized, *, layout: Layout = Layout.ROWS) -> GroupWeig
         )
     zero = (2 ** (bits - 1) - zero_point.float()) * scale.float()
     pairs = torch.stack((scale.to(torch.bfloat16), zero.to(torch.bfloat16)), -1)
-    is_blocks = layout is Layout.BLOCKS
     return GroupWeight(
         bits=bits,
         n_in=n_in,
         group_size=n_in // num_groups,
         layout=layout,
-        packed=pack_blocks(integers) if is_blocks else pack_rows(integers, bits=bits),
+        packed=_packed(integers, bits, layout),
         scale_zero=pairs.transpose(0, 1).contiguous(),
     )
+
+
+def _packed(integers: Tensor, bits: int, layout: Layout) -> Tensor:
+    match layout:
+        case Layout.BLOCKS:
+            return pack_blocks(integers)
+        case Layout.PLANES:
+            return pack_planes(integers, bits=bits)
+        case Layout.ROWS:
+            return pack_rows(integers, bits=bits)
 
 
 def quantize_groups(

@@ -14,9 +14,11 @@ from tightfit.kernels.groups import (
     grid,
     pack_blocks,
     pack_groups,
+    pack_planes,
     pack_rows,
     quantize_groups,
     unpack_blocks,
+    unpack_planes,
     unpack_rows,
 )
 
@@ -42,6 +44,23 @@ def _integers(n_out, n_in, bits, seed=0):
 def test_rows_come_back_as_they_were_packed(n_out, n_in, bits, seed):
     integers = _integers(n_out, n_in, bits, seed)
     back = unpack_rows(pack_rows(integers, bits=bits), bits=bits, n_in=n_in)
+    assert torch.equal(back, integers.to(back.dtype))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n_out=st.integers(1, 20),
+    n_in=st.integers(1, 200),
+    bits=st.sampled_from(BITS),
+    seed=st.integers(0, 99),
+)
+def test_planes_come_back_as_they_were_packed_in_whole_16_bytes(n_out, n_in, bits, seed):
+    integers = _integers(n_out, n_in, bits, seed)
+    packed = pack_planes(integers, bits=bits)
+    assert packed.is_contiguous()
+    assert packed.shape[1] == (1 if bits == 4 else 3)
+    assert packed.shape[2] * packed.itemsize % 16 == 0
+    back = unpack_planes(packed, bits=bits, n_in=n_in)
     assert torch.equal(back, integers.to(back.dtype))
 
 

@@ -1,0 +1,345 @@
+"""What each format and each way of rounding costs, as perplexity on held-out text.
+
+`make quality`, or `python bench/quality.py [--output FILE]`. SmolLM2-135M, CPU, two threads, half
+an hour or so. The text is Debian's `fortunes`, every tenth of them held out, the others for
+calibration. Writes docs/quality.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
+import harness
+import safetensors.torch
+import torch
+
+from tightfit.cluster.tokenizer import load_tokenizer
+from tightfit.kernels import cpu
+from tightfit.workers.api import MicroBatch, SequenceSlice, StageSpec
+from tightfit.workers.checkpoint import open_checkpoint
+from tightfit.workers.decoder_config import decoder_config
+from tightfit.workers.quantizer import (
+    Calibration,
+    QuantizeJob,
+    pick_samples,
+    quantize_checkpoint,
+)
+from tightfit.workers.shard import ShardModel
+
+OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "quality.md"
+FORTUNES = Path("/usr/share/games/fortunes")
+HELD_OUT_EVERY = 10
+BLOCK = 16
+LOGIT_ROWS = 64
+WINDOW = 512
+WINDOWS = 48
+SAMPLES = 128
+CHOICE_SAMPLES, CHOICE_TOKENS = 8, 256
+RANDOM_SEEDS = 3
+PLANTED_COLUMNS, PLANTED_FACTOR = 6, 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One line of a table."""
+
+    name: str
+    perplexity: float
+    bits: str = ""
+    seconds: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
+class Text:
+    """Token ids, cut into windows."""
+
+    held_out: list[list[int]]
+    pool: list[list[int]] = field(default_factory=list)
+    """Of `WINDOW` tokens each."""
+    small_pool: list[list[int]] = field(default_factory=list)
+    """Of `CHOICE_TOKENS` tokens each."""
+
+
+def fortunes() -> list[str]:
+    """All of them, in order; the package is fetched if it is not installed.
+
+    Raises:
+        SystemExit: it is not, and cannot be fetched.
+    """
+    with tempfile.TemporaryDirectory() as work:
+        root = FORTUNES
+        if not root.is_dir():
+            for command in (["apt-get", "download", "fortunes"], ["sh", "-c", "dpkg -x *.deb x"]):
+                if subprocess.run(command, cwd=work, capture_output=True, check=False).returncode:
+                    raise SystemExit("there are no fortunes: run `apt-get install fortunes`")
+            root = Path(work) / "x" / FORTUNES.relative_to("/")
+        files = sorted(file for file in root.iterdir() if not file.suffix and not file.is_symlink())
+        return [
+            entry for file in files for entry in file.read_text(errors="replace").split("\n%\n")
+        ]
+
+
+def texts() -> Text:
+    """Shuffled, and cut."""
+    entries = fortunes()
+    held_out = entries[::HELD_OUT_EVERY]
+    others = [entry for i, entry in enumerate(entries) if i % HELD_OUT_EVERY]
+    for part in (held_out, others):
+        random.Random(0).shuffle(part)
+    tokenizer = load_tokenizer(harness.gguf())
+    known, unknown = (tokenizer.encode("\n\n".join(part)) for part in (others, held_out))
+    return Text(
+        held_out=_windows(unknown, WINDOW)[:WINDOWS],
+        pool=_windows(known, WINDOW),
+        small_pool=_windows(known, CHOICE_TOKENS),
+    )
+
+
+def _windows(tokens: list[int], size: int) -> list[list[int]]:
+    return [tokens[i : i + size] for i in range(0, len(tokens) - size + 1, size)]
+
+
+@torch.inference_mode()
+def perplexity(
+    path: Path, text: Text, fmt: str = "auto", *, head: str = "auto", use_many: bool | None = None
+) -> float:
+    """Of the held-out windows, each by itself; `use_many` overrules the measured crossover."""
+    checkpoint = open_checkpoint(path)
+    config = decoder_config(checkpoint.config)
+    spec = StageSpec(
+        model_path=str(path), stage_index=0, num_stages=1, first_layer=0,
+        end_layer=config.num_layers, format=fmt, head_format=head, block_size=BLOCK,
+    )  # fmt: skip
+    shard = ShardModel.load(checkpoint, config, spec)
+    checkpoint.close()
+    if use_many is not None:
+        for layer in shard.layers:
+            for linear in (
+                layer.weights.qkv, layer.weights.attn_out, layer.weights.mlp_up,
+                layer.weights.mlp_down,
+            ):  # fmt: skip
+                linear.crossover = 0 if use_many else WINDOW + 1
+    blocks = list(range(WINDOW // BLOCK))
+    shard.allocate_kv(len(blocks))
+    loss, count = 0.0, 0
+    for window in text.held_out:
+        part = SequenceSlice(sequence_id=0, start_position=0, token_ids=window, block_table=blocks)
+        hidden = shard.forward(MicroBatch(epoch=0, step=0, slices=[part]), None)
+        rows = [shard.logits(some) for some in hidden[:-1].split(LOGIT_ROWS)]
+        log_probs = torch.log_softmax(torch.cat(rows), -1)
+        targets = torch.tensor(window[1:])
+        loss -= float(log_probs.gather(1, targets[:, None]).double().sum())
+        count += len(targets)
+    return math.exp(loss / count)
+
+
+def served_formats(text: Text) -> list[Row]:
+    """What `tightfit serve --format` gives."""
+    model, rows = harness.gguf(), []
+    for fmt in ("fp32", "bf16", "int8"):
+        rows.append(Row(name=f"`{fmt}`", perplexity=perplexity(model, text, fmt)))
+    for name, use_many in (("decode (W8A16)", False), ("prefill (LLM.int8() in full)", True)):
+        value = perplexity(model, text, "llm_int8", use_many=use_many)
+        rows.append(Row(name=f"`llm_int8`, {name}", perplexity=value))
+    return rows
+
+
+def rounded_formats(text: Text, work: Path) -> list[Row]:
+    """What `tightfit quantize` writes."""
+    samples = _spread(text.pool, SAMPLES)
+    rows = []
+    for fmt in ("int4", "int3"):
+        for method in ("rtn", "hqq", "gptq"):
+            calibration = Calibration(samples=samples) if method == "gptq" else None
+            row = _rounded(text, work, fmt, method, calibration)
+            rows.append(row)
+    return rows
+
+
+def _rounded(text: Text, work: Path, fmt: str, method: str, calibration: Calibration | None) -> Row:
+    with tempfile.TemporaryDirectory(dir=work) as out:
+        job = QuantizeJob(
+            source=str(harness.gguf()), target=out, format=fmt, method=method,
+            calibration=calibration,
+        )  # fmt: skip
+        started = time.monotonic()
+        result = quantize_checkpoint(job)
+        seconds = time.monotonic() - started
+        value = perplexity(Path(out), text)
+    print(f"{fmt} {method}: {value:.2f} in {seconds:.0f} s", file=sys.stderr, flush=True)
+    return Row(
+        name=f"`{fmt}`, {method}",
+        perplexity=value,
+        bits=f"{result.bits_per_weight:.2f}",
+        seconds=f"{seconds:.0f}",
+    )
+
+
+def _spread(pool: list[list[int]], count: int) -> list[list[int]]:
+    return [pool[i * len(pool) // count] for i in range(count)]
+
+
+def choices(text: Text, work: Path) -> list[Row]:
+    """`int3` by GPTQ with few samples, chosen in several ways."""
+    pool, model = text.small_pool, harness.gguf()
+    sets = {
+        f"random, seed {seed}": random.Random(seed).sample(pool, CHOICE_SAMPLES)
+        for seed in range(RANDOM_SEEDS)
+    }
+    sets["`spread`"] = _spread(pool, CHOICE_SAMPLES)
+    for name, hardest in (("`easy`", False), ("`hard`", True)):
+        chosen = pick_samples(model, pool, CHOICE_SAMPLES, hardest=hardest)
+        sets[name] = [list(sample) for sample in chosen]
+    rows = []
+    for name, samples in sets.items():
+        row = _rounded(text, work, "int3", "gptq", Calibration(samples=samples))
+        rows.append(Row(name=name, perplexity=row.perplexity))
+    return rows
+
+
+def plant_outliers(source: Path, target: Path) -> None:
+    """The same function with a few hidden columns 20 times larger where they are multiplied: the
+    norms' weights there times 20, the columns of what follows by 20."""
+    target.mkdir()
+    for file in source.glob("*.json"):
+        (target / file.name).write_text(file.read_text())
+    tensors = safetensors.torch.load_file(source / "model.safetensors")
+    width = tensors["model.norm.weight"].shape[0]
+    columns = torch.randperm(width, generator=torch.Generator().manual_seed(0))[:PLANTED_COLUMNS]
+    followers = {
+        "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+    }
+    for name, tensor in tensors.items():
+        prefix, _, part = name.removesuffix(".weight").rpartition("layers.")
+        number, _, kind = part.partition(".")
+        if prefix and kind in followers:
+            tensor[columns] *= PLANTED_FACTOR
+            for follower in followers[kind]:
+                tensors[f"{prefix}layers.{number}.{follower}.weight"][:, columns] /= PLANTED_FACTOR
+    safetensors.torch.save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+
+
+@contextmanager
+def _no_outliers() -> Iterator[None]:
+    """LLM.int8() without its decomposition: all columns in int8."""
+    before = vars(cpu)["OUTLIER_THRESHOLD"]
+    vars(cpu)["OUTLIER_THRESHOLD"] = math.inf
+    try:
+        yield
+    finally:
+        vars(cpu)["OUTLIER_THRESHOLD"] = before
+
+
+def planted(text: Text, work: Path) -> list[Row]:
+    """With outlier features, where activations in plain int8 fail."""
+    path = work / "planted"
+    plant_outliers(harness.converted(), path)
+    rows = [Row(name="`fp32`", perplexity=perplexity(path, text, "fp32"))]
+    rows.append(Row(name="`int8`", perplexity=perplexity(path, text, "int8")))
+    full = perplexity(path, text, "llm_int8", use_many=True)
+    rows.append(Row(name="`llm_int8`, prefill", perplexity=full))
+    with _no_outliers():
+        plain = perplexity(path, text, "llm_int8", use_many=True)
+    rows.append(Row(name="int8 × int8 without outlier columns", perplexity=plain))
+    return rows
+
+
+def table(rows: list[Row], base: float, title: str) -> str:
+    """With each row's loss over `base`."""
+    has_bits = any(row.bits for row in rows)
+    head = [title, *(["bits per weight", "seconds to quantise"] if has_bits else []),
+            "perplexity", "over `fp32`"]  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+    for row in rows:
+        cells = [row.name, *([row.bits, row.seconds] if has_bits else [])]
+        cells += [f"{row.perplexity:.2f}", f"{100 * (row.perplexity / base - 1):+.2f} %"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def document(text: Text, work: Path) -> str:
+    """docs/quality.md."""
+    started = time.monotonic()
+    served = served_formats(text)
+    base = served[0].perplexity
+    rounded, chosen, outliers = (
+        rounded_formats(text, work),
+        choices(text, work),
+        planted(text, work),
+    )
+    by_name = {row.name: row.perplexity for row in (*served, *rounded)}
+    loss = {name: value / base - 1 for name, value in by_name.items()}
+    share = loss["`int4`, gptq"] / loss["`int4`, rtn"]
+    minutes = (time.monotonic() - started) / 60
+    return f"""# Quality
+
+Written by `make quality` (`bench/quality.py`, {minutes:.0f} minutes); do not edit.
+
+Perplexity of SmolLM2-135M-Instruct on held-out text: {len(text.held_out)} windows of {WINDOW}
+tokens of Debian's `fortunes`, every {HELD_OUT_EVERY}th of them, each window by itself. The others
+are the text for calibration. The model comes from a GGUF in Q4_1, widened: `fp32` is that model,
+whose weights lie on 4-bit grids of groups of 32 already, so that rounding them to other grids costs
+more than it would cost the original. A model of this size suffers far more from few bits than one
+of 175B.
+
+## Formats that `tightfit serve` makes of it
+
+{table(served, base, "format")}
+
+Asked: at most +0.3 % for `int8` and `llm_int8`. `llm_int8` decodes as W8A16; in prefill its
+activations are in int8, too, which costs a model this small more (its paper's table 1 has +0.7 % at
+125M parameters).
+
+## What `tightfit quantize` writes
+
+Groups of 64 (128 does not divide this model's width), the LM head in `int8`. GPTQ: {SAMPLES}
+samples of {WINDOW} tokens, act-order.
+
+{table(rounded, base, "format, method")}
+
+`int4` by GPTQ loses {share:.2f} of what rounding to nearest loses (asked: at most 0.5). HQQ needs
+no text. `int3` is usable by GPTQ only.
+
+## Which samples
+
+`int3` by GPTQ with {CHOICE_SAMPLES} samples of {CHOICE_TOKENS} tokens out of
+{len(text.small_pool)}, by `--sample-choice`. `easy` and `hard` go by the distance to prototypes
+(arXiv 2206.14486).
+
+{table(chosen, base, "choice")}
+
+Random choices differ among each other as much as from the rest: the default is `spread`.
+
+## Outlier features
+
+The same function, but {PLANTED_COLUMNS} of the 576 hidden columns are {PLANTED_FACTOR:g} times
+larger where they meet a weight matrix, as LLM.int8() describes for large models.
+
+{table(outliers, outliers[0].perplexity, "format")}
+"""
+
+
+def main() -> None:
+    """Run everything."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    args = parser.parse_args()
+    torch.set_num_threads(harness.THREADS)
+    with tempfile.TemporaryDirectory() as work:
+        args.output.write_text(document(texts(), Path(work)))
+
+
+if __name__ == "__main__":
+    main()
