@@ -7,7 +7,6 @@ checksum in `quantize.json`: after an interruption the same command goes on wher
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 import time
@@ -31,8 +30,9 @@ from tightfit.workers.decoder_config import LinearShape, decoder_config
 from tightfit.workers.errors import CheckpointError
 from tightfit.workers.manifest import MANIFEST, Manifest, save_json
 from tightfit.workers.model_formats import common_group_size
+from tightfit.workers.quantized_config import quantization_config, stored_bits
 from tightfit.workers.sample_choice import choose_samples, mean_embeddings
-from tightfit.workers.stored import REAL_ZERO_DTYPE, Packing, StoredScheme
+from tightfit.workers.stored import Packing, StoredScheme
 from tightfit.workers.tokenizer_files import convert
 
 __all__ = [
@@ -382,36 +382,17 @@ class _Run:
         return sum((self._target / name).stat().st_size for name in self._named)
 
     def _write_config(self) -> None:
-        config = {**self._checkpoint.config, "quantization_config": self._quantization_config()}
+        config = {
+            **self._checkpoint.config,
+            "quantization_config": quantization_config(self._config, self._scheme),
+        }
         config.pop("torch_dtype", None)
         save_json(self._target / "config.json", {**config, "dtype": "bfloat16"})
-
-    def _quantization_config(self) -> dict[str, Any]:
-        groups: dict[StoredScheme, list[str]] = {}
-        for name, n_in in self._templates():
-            groups.setdefault(self._scheme(n_in), []).append(name)
-        return {
-            "quant_method": "compressed-tensors",
-            "format": str(next(iter(groups)).packing.value),
-            "quantization_status": "compressed",
-            "ignore": ["lm_head"],
-            "config_groups": {
-                f"group_{i}": _config_group(scheme, names)
-                for i, (scheme, names) in enumerate(groups.items())
-            },
-        }
-
-    def _templates(self) -> Iterator[tuple[str, int]]:
-        """A pattern for the names of each linear layer of a block, and its input features."""
-        n = self._config.names
-        names = (*n.qkv, n.attn_out, *n.mlp_up, n.mlp_down)
-        for name, linear in zip(names, self._config.layer_linears(0), strict=True):
-            yield f"re:.*{re.escape(name).replace(re.escape('{i}'), '[0-9]+')}$", linear.n_in
 
     def _result(self, resumed: int) -> QuantizeResult:
         linears = [linear for piece in self._named.values() for linear in piece.linears]
         weights = sum(linear.n_out * linear.n_in for linear in linears)
-        bits = sum(_bits(self._scheme(linear.n_in), linear) for linear in linears)
+        bits = sum(stored_bits(self._scheme(linear.n_in), linear) for linear in linears)
         return QuantizeResult(
             num_layers=self._config.num_layers,
             resumed_files=resumed,
@@ -441,30 +422,3 @@ def _quantized(weight: Tensor, scheme: StoredScheme, *, is_fitted: bool) -> Quan
             has_real_zero=scheme.has_real_zero,
         )
     return round_to_nearest(weight, bits=scheme.bits, group_size=scheme.group_size)
-
-
-def _config_group(scheme: StoredScheme, targets: list[str]) -> dict[str, Any]:
-    weights = {
-        "num_bits": scheme.bits,
-        "type": "int",
-        "symmetric": scheme.is_symmetric,
-        "strategy": "channel" if scheme.group_size is None else "group",
-        "group_size": scheme.group_size,
-        "dynamic": False,
-    }
-    if scheme.has_real_zero:
-        weights["zp_dtype"] = REAL_ZERO_DTYPE
-    return {"targets": targets, "format": str(scheme.packing.value), "weights": weights}
-
-
-def _bits(scheme: StoredScheme, linear: LinearShape) -> int:
-    """Of one layer in the files."""
-    groups = linear.n_out * scheme.num_groups(linear.n_in)
-    per_group = 16 if scheme.is_symmetric else 16 + _zero_bits(scheme)
-    return scheme.bits * linear.n_out * linear.n_in + groups * per_group
-
-
-def _zero_bits(scheme: StoredScheme) -> int:
-    if scheme.has_real_zero:
-        return 16
-    return 8 if scheme.is_dense else scheme.bits
