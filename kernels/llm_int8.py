@@ -176,7 +176,7 @@ def _gemm_kernel(  # type: ignore[no-untyped-def]
         mask = cols[None, :] < K
         x8 = tl.load(x8_ptrs + cols[None, :], mask=mask, other=0)
         values = tl.load(row_ptrs + cols[None, :], mask=mask, other=0)
-        dot = tl.dot(x8, tl.trans(values), dot)
+        dot = tl.dot(x8, tl.trans(values), dot, out_dtype=tl.int32)
     acc = dot.to(tl.float32) * tl.load(scale_x_ptr + tokens)[:, None]
 
     # Not pipelined: outliers are few, and stages would take shared memory from the loop above.

@@ -45,7 +45,9 @@ def quantize_input(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     outlier = (x.abs() >= OUTLIER_THRESHOLD).any(dim=0)
     regular = x.float().masked_fill(outlier, 0.0)
-    scale = regular.abs().amax(dim=1) / INT8_MAX
+    greatest = regular.abs().amax(dim=1)
+    # By a tensor: by a number CUDA multiplies with its reciprocal, which rounds twice.
+    scale = greatest / torch.full_like(greatest, INT8_MAX)
     scale.masked_fill_(scale == 0, 1.0)
     x8 = (regular / scale[:, None]).round().to(torch.int8)
     return x8, scale, outlier.nonzero().view(-1)

@@ -103,7 +103,7 @@ def test_dequantising_gives_the_weight_that_is_meant(shape, bits, dtype):
 
 @pytest.mark.parametrize("n_tokens", [1, 16])
 def test_real_zero_points_are_taken_as_they_are(n_tokens):
-    dense = torch.randn(16, 128, generator=torch.Generator().manual_seed(0)) - 0.2
+    dense = _random(16, 128, dtype=torch.float32, seed=0) - 0.2
     weight = pack_groups(hqq(dense, bits=4, group_size=64), layout=Layout.PLANES)
     x = _random(n_tokens, 128)
     _assert_as_good_as_torch(wxa16_linear(x, weight), x, weight, None)
