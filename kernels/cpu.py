@@ -19,15 +19,8 @@ import torch
 from torch import Tensor
 
 from tightfit.kernels.formats import default_group_size
-from tightfit.kernels.groups import (
-    BLOCK_ROWS,
-    GroupWeight,
-    Layout,
-    Quantized,
-    pack_blocks,
-    pack_groups,
-    quantize_groups,
-)
+from tightfit.kernels.groups import GroupWeight, Quantized, pack_groups, quantize_groups
+from tightfit.kernels.packing import BLOCK_ROWS, Layout, pack_blocks
 from tightfit.kernels.reference import OUTLIER_THRESHOLD
 from tightfit.kernels.weights import INT8_MAX, Int8Weight
 

@@ -35,6 +35,12 @@ VALUES_PER_PACK = {4: 2, 3: 32}
 
 BYTES_PER_PACK = {4: 1, 3: 12}
 
+TILE_ROWS = 64
+TILE_FEATURES = {4: 128, 3: 256}
+"""Output and input features of one tile of `packing.Layout.TILES`, by bits."""
+TILE_PIECE = 32
+"""Input features of a tile that are neighbours in one row of it."""
+
 BYTES_PER_ELEMENT = {"fp32": 4, "bf16": 2}
 
 

@@ -6,50 +6,31 @@ q and the zero point z whole numbers in [0, 2^bits), and g the group of k: what 
 of the middle integer, so that weight = (q - 2^(bits - 1)) · scale + zero: the form that torch's
 packed op for 4 bits takes on the CPU, and that a z of any kind fits.
 
-Layouts of the integers, `GroupWeight.packed`:
-
-- 4 bits, `Layout.ROWS`: [N, ⌈K / 2⌉] uint8, two input features of one row in a byte, the first in
-  its low half.
-- 4 bits, `Layout.BLOCKS`: [N / 64, K, 32] uint8 for N a multiple of 64: for each 64 rows and
-  each input feature, byte j holds row j in its low half and row 32 + j in its high one. It is what
-  torch's op reads on a CPU with AVX-512.
-- 4 and 3 bits, `Layout.PLANES`: int32 words as `Layout.ROWS` has them, [N, 1, ⌈K / 8⌉] and
-  [N, 3, ⌈K / 32⌉], the three words of 3 bits apart; padded to a multiple of 4 words. For GPUs: a
-  thread's loads of 16 bytes are 4 packs' words.
-- 3 bits, `Layout.ROWS`: [N, ⌈K / 32⌉, 3] int32, 32 input features in 3 words: the low two bits of
-  features 0 to 15 in the first, of 16 to 31 in the second (bits 2i and 2i + 1), the top bits of all
-  32 in the third (bit i).
+How the integers lie in memory: `packing.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
 from typing import Final
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from tightfit.kernels.formats import VALUES_PER_PACK, default_group_size
+from tightfit.kernels.formats import TILE_ROWS, default_group_size
+from tightfit.kernels.packing import (
+    BLOCK_ROWS,
+    Layout,
+    pack,
+    unpack_blocks,
+    unpack_rows,
+    unpack_tiles,
+)
 from tightfit.kernels.weights import SCRATCH_ELEMENTS, check_finite, check_matrix
 
 INT8_MIDDLE: Final = 128
 """The integer of `Quantized` that stands for 0 in symmetric 8 bits."""
-
-BLOCK_ROWS: Final = 64
-HALF_BLOCK: Final = BLOCK_ROWS // 2
-PLANE_WORDS: Final = 4
-"""Of a row of `Layout.PLANES`, a multiple: 16 bytes."""
-
-
-class Layout(Enum):
-    """Where a weight's integers lie; see the module's text."""
-
-    ROWS = "rows"
-    BLOCKS = "blocks"
-    PLANES = "planes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,11 +60,12 @@ class GroupWeight:
         return self.packed.nbytes + self.scale_zero.nbytes
 
     def integers(self, first: int = 0, end: int | None = None) -> Tensor:
-        """q of rows first to end, [rows, K] uint8 or int32. `first` and `end` lie on 64 rows in
-        `Layout.BLOCKS`."""
+        """q of rows first to end, [rows, K] uint8 or int32. But in `Layout.ROWS`, `first` is a
+        multiple of 64, and so is `end` if it is not N."""
         end = self.n_out if end is None else end
-        if self.layout is Layout.PLANES:
-            return unpack_planes(self.packed[first:end], bits=self.bits, n_in=self.n_in)
+        if self.layout is Layout.TILES:
+            tiles = self.packed[first // TILE_ROWS : -(-end // TILE_ROWS)]
+            return unpack_tiles(tiles, bits=self.bits, n_out=end - first, n_in=self.n_in)
         if self.layout is Layout.BLOCKS:
             return unpack_blocks(self.packed[first // BLOCK_ROWS : -(-end // BLOCK_ROWS)])
         return unpack_rows(self.packed[first:end], bits=self.bits, n_in=self.n_in)
@@ -128,61 +110,6 @@ class Quantized:
         grouped = self.integers.float().view(n_out, num_groups, -1)
         grouped.sub_(self.zero_point.float()[..., None]).mul_(self.scale.float()[..., None])
         return grouped.view(n_out, -1)
-
-
-def pack_rows(integers: Tensor, *, bits: int) -> Tensor:
-    """q [N, K] of any integer dtype, in [0, 2^bits), to `Layout.ROWS`; missing features are 0."""
-    values = VALUES_PER_PACK[bits]
-    padded = F.pad(integers, (0, -integers.shape[1] % values))
-    if bits == 4:
-        padded = padded.to(torch.uint8)
-        return padded[:, ::2] | padded[:, 1::2] << 4
-    rows = padded.to(torch.int32).view(integers.shape[0], -1, 32)
-    low = ((rows & 3).view(*rows.shape[:-1], 2, 16) << (2 * _shifts(16, rows))).sum(-1)
-    high = ((rows >> 2) << _shifts(32, rows)).sum(-1, keepdim=True)
-    return torch.cat((low, high), -1).to(torch.int32)  # sums are int64: bit 31 becomes the sign
-
-
-def unpack_rows(packed: Tensor, *, bits: int, n_in: int) -> Tensor:
-    """The reverse of `pack_rows`: [N, n_in]."""
-    if bits == 4:
-        pairs = torch.stack((packed & 15, packed >> 4), -1)
-        return pairs.flatten(1)[:, :n_in]
-    low = (packed[..., :2, None] >> (2 * _shifts(16, packed)) & 3).flatten(-2)
-    high = packed[..., 2:] >> _shifts(32, packed) & 1
-    return low.add_(high, alpha=4).flatten(1)[:, :n_in]
-
-
-def _shifts(count: int, like: Tensor) -> Tensor:
-    return torch.arange(count, dtype=torch.int32, device=like.device)
-
-
-def pack_blocks(integers: Tensor) -> Tensor:
-    """q [N, K] in [0, 16), N a multiple of 64, to `Layout.BLOCKS`."""
-    blocks = integers.to(torch.uint8).view(-1, 2, HALF_BLOCK, integers.shape[1])
-    return (blocks[:, 0] | blocks[:, 1] << 4).transpose(1, 2).contiguous()
-
-
-def unpack_blocks(packed: Tensor) -> Tensor:
-    """The reverse of `pack_blocks`: [N, K]."""
-    halves = torch.cat((packed & 15, packed >> 4), -1)
-    return halves.transpose(1, 2).reshape(-1, packed.shape[1])
-
-
-def pack_planes(integers: Tensor, *, bits: int) -> Tensor:
-    """q [N, K] of any integer dtype, in [0, 2^bits), to `Layout.PLANES`."""
-    rows = pack_rows(F.pad(integers, (0, -integers.shape[1] % 32)), bits=bits)
-    words = rows.view(torch.int32).unsqueeze(1) if bits == 4 else rows.transpose(1, 2)
-    if bits == 4:
-        words = words[..., : -(-integers.shape[1] // 8)]
-    return F.pad(words, (0, -words.shape[2] % PLANE_WORDS)).contiguous()
-
-
-def unpack_planes(packed: Tensor, *, bits: int, n_in: int) -> Tensor:
-    """The reverse of `pack_planes`: [N, n_in]."""
-    if bits == 4:
-        return unpack_rows(packed.squeeze(1).contiguous().view(torch.uint8), bits=4, n_in=n_in)
-    return unpack_rows(packed.transpose(1, 2).contiguous(), bits=3, n_in=n_in)
 
 
 def grid(groups: Tensor, *, bits: int, share: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -230,19 +157,9 @@ def pack_groups(weight: Quantized, *, layout: Layout = Layout.ROWS) -> GroupWeig
         n_in=n_in,
         group_size=n_in // num_groups,
         layout=layout,
-        packed=_packed(integers, bits, layout),
+        packed=pack(integers, bits=bits, layout=layout),
         scale_zero=pairs.transpose(0, 1).contiguous(),
     )
-
-
-def _packed(integers: Tensor, bits: int, layout: Layout) -> Tensor:
-    match layout:
-        case Layout.BLOCKS:
-            return pack_blocks(integers)
-        case Layout.PLANES:
-            return pack_planes(integers, bits=bits)
-        case Layout.ROWS:
-            return pack_rows(integers, bits=bits)
 
 
 def quantize_groups(

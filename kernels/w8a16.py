@@ -48,9 +48,9 @@ DEQUANTIZE_ELEMENTS: Final = 2**26
 MAX_ROWS_LEFT: Final = 16
 """Tokens of a program up to which x is the left operand."""
 
-MIN_PROGRAMS: Final = {"gemv": 8192, "gemm": 512}
-"""Programs from which on K is not split: a few for every processor of the largest chips. Not
-measured yet."""
+MIN_PROGRAMS: Final = {"gemv": 4096, "gemm": 512}
+"""Programs from which on K is not split: some for every processor of the largest chips. On an H100
+splits cost more than they bring where there are so many."""
 
 MIN_STEPS_PER_SPLIT: Final = 4
 """Steps of the loop over K that a split has at least, to hide its start."""
@@ -82,11 +82,12 @@ class Tile:
 def choose_tile(n_tokens: int, n_out: int, n_in: int) -> Tile:
     """By the number of tokens; the splits also by the weight's shape."""
     if n_tokens == 1:
-        block_t, block_n, block_k, num_warps, num_stages = 1, 4, 512, 1, 1
+        # Rows of 1 KB each, as on an H100 half of the bandwidth is lost with 512 bytes.
+        block_t, block_n, block_k, num_warps, num_stages = 1, 2, 1024, 1, 1
     elif n_tokens <= 64:
         block_t = 16 if n_tokens <= 16 else 32 if n_tokens <= 32 else 64
-        block_n, num_warps, num_stages = 64, 4, 4
-        block_k = 128 if n_tokens <= 32 else 64
+        block_n, num_warps, num_stages = 64, 4, 3
+        block_k = 256 if n_tokens <= 16 else 128 if n_tokens <= 32 else 64
     else:
         block_t, block_n, block_k, num_warps, num_stages = 128, 128, 64, 8, 3
     splits = 1

@@ -7,19 +7,16 @@ from hypothesis import strategies as st
 
 from tightfit.kernels import cpu, groups
 from tightfit.kernels.dispatch import quantize_linear
-from tightfit.kernels.formats import Format, linear_bytes
-from tightfit.kernels.groups import (
+from tightfit.kernels.formats import TILE_FEATURES, Format, linear_bytes
+from tightfit.kernels.groups import Quantized, grid, pack_groups, quantize_groups
+from tightfit.kernels.packing import (
     Layout,
-    Quantized,
-    grid,
     pack_blocks,
-    pack_groups,
-    pack_planes,
     pack_rows,
-    quantize_groups,
+    pack_tiles,
     unpack_blocks,
-    unpack_planes,
     unpack_rows,
+    unpack_tiles,
 )
 
 BITS = (3, 4)
@@ -49,19 +46,32 @@ def test_rows_come_back_as_they_were_packed(n_out, n_in, bits, seed):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    n_out=st.integers(1, 20),
-    n_in=st.integers(1, 200),
+    n_out=st.integers(1, 140),
+    n_in=st.integers(1, 600),
     bits=st.sampled_from(BITS),
     seed=st.integers(0, 99),
 )
-def test_planes_come_back_as_they_were_packed_in_whole_16_bytes(n_out, n_in, bits, seed):
+def test_tiles_come_back_as_they_were_packed_and_are_whole(n_out, n_in, bits, seed):
     integers = _integers(n_out, n_in, bits, seed)
-    packed = pack_planes(integers, bits=bits)
+    packed = pack_tiles(integers, bits=bits)
     assert packed.is_contiguous()
-    assert packed.shape[1] == (1 if bits == 4 else 3)
-    assert packed.shape[2] * packed.itemsize % 16 == 0
-    back = unpack_planes(packed, bits=bits, n_in=n_in)
+    rows, features = 64 * -(-n_out // 64), TILE_FEATURES[bits] * -(-n_in // TILE_FEATURES[bits])
+    assert packed.nbytes * 8 == rows * features * bits
+    back = unpack_tiles(packed, bits=bits, n_out=n_out, n_in=n_in)
     assert torch.equal(back, integers.to(back.dtype))
+
+
+def test_a_tile_holds_features_that_lie_32_apart_in_a_column():
+    integers = torch.zeros(64, 256, dtype=torch.uint8)
+    integers[5, 7], integers[5, 32 + 7], integers[5, 96 + 7], integers[5, 128 + 7] = 1, 2, 7, 5
+    four = pack_tiles(integers, bits=4)
+    assert four[0, 0, 5, 7].item() == 0x7021
+    assert four[0, 1, 5, 7].item() == 0x0005
+    assert pack_tiles(integers, bits=3)[0, 0, :, 5, 7].tolist() == [
+        0b11_00_10_01,
+        0b01,
+        0b0001_1000,
+    ]
 
 
 @settings(max_examples=30, deadline=None)
@@ -165,7 +175,8 @@ def test_groups_that_do_not_divide_the_features_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("bits", "layout"), [(3, Layout.ROWS), (4, Layout.ROWS), (4, Layout.BLOCKS)]
+    ("bits", "layout"),
+    [(3, Layout.ROWS), (3, Layout.TILES), *[(4, layout) for layout in Layout]],
 )
 def test_rows_are_quantised_in_blocks_without_a_difference(monkeypatch, bits, layout):
     weight = _random(192, 64)
@@ -177,13 +188,16 @@ def test_rows_are_quantised_in_blocks_without_a_difference(monkeypatch, bits, la
     assert torch.equal(whole.dequantize(torch.float32, 64, 128), whole.dequantize()[64:128])
 
 
-def test_both_layouts_hold_the_same_weight():
-    weight = _random(128, 96)
-    rows = quantize_groups(weight, bits=4)
-    blocks = quantize_groups(weight, bits=4, layout=Layout.BLOCKS)
-    assert torch.equal(rows.integers(), blocks.integers())
-    assert torch.equal(rows.dequantize(), blocks.dequantize())
-    assert rows.nbytes == blocks.nbytes
+@pytest.mark.parametrize(
+    ("bits", "layout"), [(4, Layout.BLOCKS), (4, Layout.TILES), (3, Layout.TILES)]
+)
+def test_all_layouts_hold_the_same_weight_in_as_many_bytes(bits, layout):
+    weight = _random(128, 512)
+    rows = quantize_groups(weight, bits=bits)
+    other = quantize_groups(weight, bits=bits, layout=layout)
+    assert torch.equal(rows.integers(), other.integers().to(rows.integers().dtype))
+    assert torch.equal(rows.dequantize(), other.dequantize())
+    assert rows.nbytes == other.nbytes
 
 
 def test_torch_packs_blocks_as_we_do_where_its_op_is_used():

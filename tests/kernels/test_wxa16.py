@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from tightfit.kernels import reference, wxa16
-from tightfit.kernels.groups import Layout, pack_groups, quantize_groups, round_to_nearest
+from tightfit.kernels.groups import pack_groups, quantize_groups, round_to_nearest
 from tightfit.kernels.hqq import hqq
-from tightfit.kernels.wxa16 import PACK_FEATURES, choose_tile, dequantize, wxa16_linear
+from tightfit.kernels.packing import Layout
+from tightfit.kernels.wxa16 import choose_tile, dequantize, wxa16_linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -21,7 +22,7 @@ whole channel, of an odd number of features too."""
 def _layer(n_out, n_in, group_size, bits, seed=0):
     weight = torch.randn(n_out, n_in, generator=torch.Generator().manual_seed(seed)) + 0.3
     return quantize_groups(
-        weight, bits=bits, group_size=group_size, layout=Layout.PLANES, device=DEVICE
+        weight, bits=bits, group_size=group_size, layout=Layout.TILES, device=DEVICE
     )
 
 
@@ -65,11 +66,12 @@ def test_hundreds_of_tokens_are_as_exact_as_plain_torch(bits, dtype):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("n_tokens", [1, 3, 64])
 def test_splits_of_k_add_up_and_give_the_same_bits_again(n_tokens, bits, dtype):
-    n_in = {4: {1: 12_800}, 3: {1: 51_200}}[bits].get(n_tokens, 1664 * PACK_FEATURES[bits] // 8)
-    weight, bias = _layer(5, n_in, 128, bits), _random(5, dtype=dtype)
-    tile = choose_tile(bits, n_tokens, 5, weight.packed.shape[2])
+    n_in = {4: 2_048 + 64, 3: 3_072 + 64}[bits]
+    weight, bias = _layer(5, n_in, 64, bits), _random(5, dtype=dtype)
+    num_tiles = weight.packed.shape[1]
+    tile = choose_tile(bits, n_tokens, 5, num_tiles)
     assert tile.splits > 1
-    assert tile.packs_per_split(weight.packed.shape[2]) * tile.splits >= weight.packed.shape[2]
+    assert tile.tiles_per_split(num_tiles) * tile.splits >= num_tiles
     x = _random(n_tokens, n_in, dtype=dtype)
     y = wxa16_linear(x, weight, bias)
     _assert_as_good_as_torch(y, x, weight, bias)
@@ -104,7 +106,7 @@ def test_dequantising_gives_the_weight_that_is_meant(shape, bits, dtype):
 @pytest.mark.parametrize("n_tokens", [1, 16])
 def test_real_zero_points_are_taken_as_they_are(n_tokens):
     dense = _random(16, 128, dtype=torch.float32, seed=0) - 0.2
-    weight = pack_groups(hqq(dense, bits=4, group_size=64), layout=Layout.PLANES)
+    weight = pack_groups(hqq(dense, bits=4, group_size=64), layout=Layout.TILES)
     x = _random(n_tokens, 128)
     _assert_as_good_as_torch(wxa16_linear(x, weight), x, weight, None)
 
@@ -143,7 +145,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"bias must be \[8\], got \[7\]"):
         wxa16_linear(x, weight, _random(7))
     rows = pack_groups(round_to_nearest(torch.randn(8, 64), bits=4, group_size=32))
-    with pytest.raises(ValueError, match=r"must be in Layout\.PLANES .* got Layout\.ROWS"):
+    with pytest.raises(ValueError, match=r"must be in Layout\.TILES .* got Layout\.ROWS"):
         wxa16_linear(x, rows)
     with pytest.raises(ValueError, match="multiple of 32 input features, or all 64, got 16"):
         wxa16_linear(x, _layer(8, 64, 16, 4))

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tightfit.kernels.groups import INT8_MIDDLE, Quantized, unpack_rows
+from tightfit.kernels.groups import INT8_MIDDLE, Quantized
+from tightfit.kernels.packing import unpack_rows
 from tightfit.workers.stored import Packing, StoredScheme
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)

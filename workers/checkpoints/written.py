@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tightfit.kernels.groups import Quantized, pack_rows
+from tightfit.kernels.groups import Quantized
+from tightfit.kernels.packing import pack_rows
 from tightfit.workers.stored import WORD_BITS, Packing, StoredScheme
 
 HASH_BLOCK_BYTES = 2**22
