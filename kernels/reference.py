@@ -5,7 +5,7 @@ T tokens, N output features, K input features. Given fp64 inputs it computes in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
@@ -103,6 +103,84 @@ def activate(x: Tensor, name: str, *, is_gated: bool) -> Tensor:
         return ACTIVATIONS[name](x)
     gate, up = x.chunk(2, -1)
     return ACTIVATIONS[name](gate) * up
+
+
+def quantize_kv(kv: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric absmax of each head and token; computed in fp32, whatever kv's dtype is.
+
+    The scale is rounded to bf16 first and the values are computed with the rounded one. Heads of
+    zeros get scale 1, those that are not finite scale NaN.
+
+    Args:
+        kv: [..., D] floating.
+    Returns:
+        [..., D] int8, rounded half to even; scales [...] bf16.
+    """
+    wide = kv.float()
+    scale = (wide.abs().amax(-1) / INT8_MAX).to(torch.bfloat16)
+    scale.masked_fill_(scale == 0, 1.0)
+    is_finite = wide.isfinite().all(-1)
+    scale.masked_fill_(~is_finite, float("nan"))
+    values = (wide / scale.float()[..., None]).round().clamp(-INT8_MAX, INT8_MAX)
+    return values.masked_fill(~is_finite[..., None], 0.0).to(torch.int8), scale
+
+
+def write_kv(cache: Tensor, scales: Tensor | None, kv: Tensor, slots: Tensor) -> None:
+    """kv [T, 2 · KV heads · D] into the slots [T] of a cache [2 · KV heads, slots, D], in place,
+    quantised where there are scales [2 · KV heads, slots]; negative slots are skipped."""
+    heads = kv.view(kv.shape[0], cache.shape[0], -1).transpose(0, 1)[:, slots >= 0]
+    slots = slots[slots >= 0]
+    if scales is None:
+        cache[:, slots] = heads
+    else:
+        cache[:, slots], scales[:, slots] = quantize_kv(heads)
+
+
+def paged_attention(
+    query: Tensor,
+    cache: Tensor,
+    scales: Tensor | None,
+    block_tables: Sequence[Sequence[int]],
+    counts: Sequence[int],
+    contexts: Sequence[int],
+    *,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    softmax_scale: float,
+    slopes: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of a micro-batch, one sequence after another, in query's dtype.
+
+    Args:
+        query: [T, H · D], the sequences' tokens in order.
+        cache: [2 · KV heads, slots, D], keys first; slot = block id · block_size + offset.
+        scales: [2 · KV heads, slots] of an int8 cache: value = int8 · scale; else None.
+        block_tables, counts, contexts: of each sequence its blocks, its query tokens, and its
+            tokens up to the last of these.
+        softmax_scale: of the scores.
+        slopes: [H], ALiBi's: slope · (key's position - query's) is added to the scores; or None.
+    Returns:
+        [T, H · D].
+    """
+    outs, row = [], 0
+    for table, count, context in zip(block_tables, counts, contexts, strict=True):
+        part, row = query[row : row + count], row + count
+        slots = [table[p // block_size] * block_size + p % block_size for p in range(context)]
+        kv = cache[:, slots].to(query.dtype)
+        if scales is not None:
+            kv = kv * scales[:, slots].to(query.dtype)[:, :, None]
+        q = part.view(count, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)  # [KV, group, t, D]
+        keys, values = kv[:num_kv_heads, None], kv[num_kv_heads:, None]
+        scores = q @ keys.transpose(-1, -2) * softmax_scale
+        positions = torch.arange(context, device=query.device)
+        distance = positions[None, :] - positions[context - count :, None]
+        if slopes is not None:
+            grouped = slopes.to(query.dtype).view(num_kv_heads, -1, 1, 1)
+            scores = scores + grouped * distance.to(query.dtype)
+        weights = scores.masked_fill(distance > 0, float("-inf")).softmax(-1)
+        outs.append((weights @ values).permute(2, 0, 1, 3).reshape(count, -1))
+    return torch.cat(outs)
 
 
 def kept_tokens(weights: Tensor, *, top_k: int, top_p: float, min_p: float) -> Tensor:

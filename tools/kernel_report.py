@@ -16,11 +16,23 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tightfit.kernels import activation, llm_int8, norm, sampling, w8a16, wxa16
+from tightfit.kernels import (
+    activation,
+    kv_write,
+    llm_int8,
+    norm,
+    paged_attention,
+    paged_prefill,
+    sampling,
+    w8a16,
+    wxa16,
+)
 from tightfit.kernels.compiled import Case, Compiled, compile_case
 from tightfit.kernels.formats import Format, linear_bytes
 
-MODULES = (w8a16, wxa16, llm_int8, norm, activation, sampling)
+MODULES = (
+    w8a16, wxa16, llm_int8, norm, activation, sampling, kv_write, paged_attention, paged_prefill,
+)  # fmt: skip
 DOCUMENT = Path(__file__).parent.parent / "docs" / "kernels.md"
 MARK = "<!-- below: written by make kernels -->"
 BANDWIDTHS = {"A100 80 GB": 2.04, "H100": 3.35, "L40S": 0.864, "L4": 0.3, "V100": 0.9}
