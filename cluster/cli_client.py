@@ -150,7 +150,7 @@ def stage_table(stages: list[dict[str, Any]], width: int) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1, 0, 0))
     for name in names:
         table.add_column(
-            name, no_wrap=True, justify="left" if name in ("format", "device") else "right"
+            name, no_wrap=True, justify="left" if name in ("format", "KV", "device") else "right"
         )
     for row in rows:
         table.add_row(*(row[name] for name in names))
@@ -163,6 +163,7 @@ def _stage_row(stage: dict[str, Any]) -> dict[str, str]:
         "stage": str(stage["index"]),
         "layers": f"{stage['first_layer']}-{stage['end_layer'] - 1}",
         "format": stage["format"],
+        "KV": stage["kv_format"],
         "device": stage["device"],
         "pid": str(stage["pid"]),
         "busy": f"{100 * stage['busy_share']:.0f} %",

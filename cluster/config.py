@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from tightfit.cluster.hub import parse_hub_name
 from tightfit.cluster.settings import Option, Values, build, read_file
-from tightfit.kernels.formats import SUPPORTED_FORMATS
+from tightfit.kernels.formats import SUPPORTED_FORMATS, KVFormat
 from tightfit.workers.model_formats import AUTO
 
 DEFAULT_LISTEN = "127.0.0.1:50051"
@@ -59,6 +59,14 @@ class ServeConfig:
         Option(
             "How the LM head is stored; auto: as the layers, int8 where they have fewer bits.",
             choices=(AUTO, *map(str, SUPPORTED_FORMATS)),
+        ),
+    ] = AUTO
+    kv_format: Annotated[
+        str,
+        Option(
+            "How keys and values are cached; auto: in the 16 or 32 bits that the layers compute "
+            "in; int8: in half of 16, so that twice the tokens fit.",
+            choices=(AUTO, str(KVFormat.INT8)),
         ),
     ] = AUTO
     stages: Annotated[int, Option("Pipeline stages.", at_least=1)] = 1

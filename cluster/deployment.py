@@ -61,7 +61,9 @@ def chosen_formats(config: ServeConfig, model: ModelDescription) -> ModelFormats
         ConfigError: they do not go together.
     """
     try:
-        return model_formats(model.config, config.format, head=config.head_format)
+        return model_formats(
+            model.config, config.format, head=config.head_format, kv=config.kv_format
+        )
     except ValueError as error:
         raise ConfigError(f"head_format: {error}") from error
 
@@ -92,6 +94,7 @@ def stage_specs(config: ServeConfig, model: ModelDescription) -> list[StageSpec]
             end_layer=end,
             format=config.format,
             head_format=config.head_format,
+            kv_format=config.kv_format,
             device=config.device,
             memory_budget_bytes=config.memory_budget_bytes,
             block_size=config.block_size,
@@ -250,10 +253,11 @@ class LostStage:
 
 
 def _announce(config: ServeConfig, model: ModelDescription) -> None:
-    fmt = chosen_formats(config, model).layers
+    formats = chosen_formats(config, model)
+    keys = "" if formats.kv == formats.activations else f" with keys and values in {formats.kv}"
     print(
         f"{config.model_name}: {model.config.family}, {model.config.num_layers} layers, from "
-        f"{model.source_format}, as {fmt} on {config.stages} stage(s)",
+        f"{model.source_format}, as {formats.layers}{keys} on {config.stages} stage(s)",
         file=sys.stderr,
     )
     for note in model.config.notes:

@@ -25,6 +25,18 @@ class Format(StrEnum):
 
 SUPPORTED_FORMATS = tuple(Format)
 
+
+class KVFormat(StrEnum):
+    """How keys and values are stored."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    INT8 = "int8"
+    """int8 values [D] and one bf16 scale, for each head and token."""
+
+
+KV_SCALE_BYTES = 2
+
 GROUP_SIZES = (128, 64, 32)
 """Input features that share a scale: the first of these that divides K, else all of a channel's."""
 
@@ -45,13 +57,20 @@ BYTES_PER_ELEMENT = {"fp32": 4, "bf16": 2}
 
 
 def activation_dtype(fmt: Format) -> str:
-    """Name of the dtype in which hidden states, norms, embedding and KV cache are kept."""
+    """Name of the dtype in which hidden states, norms and embedding are kept."""
     return "fp32" if fmt is Format.FP32 else "bf16"
 
 
 def default_group_size(n_in: int) -> int:
     """Input features that share a scale, of a weight with `n_in` of them."""
     return next((size for size in GROUP_SIZES if n_in % size == 0), n_in)
+
+
+def kv_vector_bytes(fmt: KVFormat, head_dim: int) -> int:
+    """Bytes of one key, or one value, of `head_dim` elements: one head and token."""
+    if fmt is KVFormat.INT8:
+        return head_dim + KV_SCALE_BYTES
+    return head_dim * BYTES_PER_ELEMENT[fmt]
 
 
 def linear_bytes(

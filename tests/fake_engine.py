@@ -271,9 +271,9 @@ class FakeEngine:
         )  # fmt: skip
         stages = tuple(
             StageStatus(
-                stage_index=i, first_layer=2 * i, end_layer=2 * i + 2, format="int8", device="cpu",
-                node_id=f"n{i}", pid=10 + i, epoch=1, steps=3, busy_s=1.0, uptime_s=4.0,
-                memory=memory,
+                stage_index=i, first_layer=2 * i, end_layer=2 * i + 2, format="int8",
+                kv_format="bf16", device="cpu", node_id=f"n{i}", pid=10 + i, epoch=1, steps=3,
+                busy_s=1.0, uptime_s=4.0, memory=memory,
             )
             for i in range(2)
         )  # fmt: skip

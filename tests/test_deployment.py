@@ -26,9 +26,9 @@ def _specs(**settings):
 
 
 def test_every_stage_is_told_the_formats():
-    specs = _specs(stages=2, format="int4", head_format="bf16")
+    specs = _specs(stages=2, format="int4", head_format="bf16", kv_format="int8")
     assert [(s.first_layer, s.end_layer) for s in specs] == [(0, 2), (2, 4)]
-    assert {(s.format, s.head_format) for s in specs} == {("int4", "bf16")}
+    assert {(s.format, s.head_format, s.kv_format) for s in specs} == {("int4", "bf16", "int8")}
 
 
 def test_formats_that_do_not_go_together_are_refused():

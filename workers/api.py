@@ -128,6 +128,8 @@ class StageSpec:
     them, else int8."""
     head_format: str = "auto"
     """Of the LM head: the same, or "auto": as the layers, int8 where they have fewer bits."""
+    kv_format: str = "auto"
+    """Of keys and values: "int8", or "auto": the activations' dtype."""
     device: str = "cpu"
     """torch device name."""
     memory_budget_bytes: int | None = None
@@ -206,6 +208,7 @@ class StageStatus:
     first_layer: int
     end_layer: int
     format: str
+    kv_format: str
     device: str
     node_id: str
     pid: int

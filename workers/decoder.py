@@ -175,15 +175,20 @@ class DecoderLayer:
         pairs = query.reshape(-1, repeats, config.head_dim)  # [B · KV heads, queries, D]
         outs = []
         for part in group.parts:
-            keys, values = cache.gather(self._index, part.blocks)
             q = pairs[part.pairs]
             if part.fused:
+                keys, values = cache.gather(self._index, part.blocks)
                 out = F.scaled_dot_product_attention(
                     q[None], keys[None], values[None], attn_mask=part.mask[None]
                 )
             else:
+                keys, values, scales = cache.gather_unscaled(self._index, part.blocks)
                 scores = torch.bmm(q, keys.transpose(1, 2))
-                weights = torch.add(part.mask, scores, alpha=self._scale).softmax(-1)
+                if scales is None:
+                    weights = torch.add(part.mask, scores, alpha=self._scale).softmax(-1)
+                else:
+                    scaled = torch.addcmul(part.mask, scores, scales[0], value=self._scale)
+                    weights = scaled.softmax(-1).mul_(scales[1])
                 out = torch.bmm(weights.to(values.dtype), values)
             outs.append(out.reshape(-1, repeats * config.head_dim))
         out = outs[0] if len(outs) == 1 else torch.cat(outs)

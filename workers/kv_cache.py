@@ -5,12 +5,22 @@ same on every stage and are owned by the scheduler. A layer's cache is [2 · KV 
 key heads first: one head's keys of a block lie together, so that blocks are gathered in large
 pieces straight into the contiguous [pairs, S, D] that batched matrix products want. (Given strided
 keys and values, torch copies them, or takes a path that is 3 to 30 times slower.)
+
+In int8 each key and each value is 8-bit integers [D] times one scale of its own, so that a token's
+rounding depends on that token only. Attention of many queries gets them widened and scaled. That of
+one query gets the integers, as q · (s · k) = s · (q · k): the scales are multiplied with scores and
+probabilities, D times fewer than the integers.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from tightfit.kernels.formats import KVFormat
+from tightfit.kernels.weights import INT8_MAX
+
+SCALE_DTYPE = torch.bfloat16
 
 
 def gather_rows(blocks: Tensor, *, num_kv_heads: int, num_blocks: int) -> Tensor:
@@ -26,12 +36,32 @@ def gather_rows(blocks: Tensor, *, num_kv_heads: int, num_blocks: int) -> Tensor
     return (heads + blocks[None, :, None]).view(2, -1, blocks.shape[1])
 
 
+def quantize_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Absmax over the last dimension, round to nearest.
+
+    The scale is rounded to bf16 first, and the integers are computed with the rounded one: at most
+    half of it is lost on each element. A vector with a NaN or an infinity has a scale that is one,
+    too: damage has to show in the logits.
+
+    Args:
+        x: [..., D] floating, any strides.
+    Returns:
+        int8 [..., D] and scales [...] bf16, positive.
+    """
+    absmax = x.abs().amax(-1, keepdim=True).float()
+    scale = absmax.div_(INT8_MAX).to(SCALE_DTYPE)
+    scale.clamp_min_(torch.finfo(SCALE_DTYPE).tiny)  # a vector of zeros stays one
+    wide = x.to(torch.float32, copy=True)
+    return wide.div_(scale).round_().to(torch.int8), scale.squeeze(-1)
+
+
 class KVCache:
     """Blocks for `num_layers` layers.
 
     Args:
         num_layers, num_blocks, block_size, num_kv_heads, head_dim: sizes.
-        dtype: of keys and values.
+        dtype: in which keys and values come and are handed back.
+        kv_format: how they lie here: in that dtype, or in int8.
     """
 
     def __init__(
@@ -43,21 +73,27 @@ class KVCache:
         num_kv_heads: int,
         head_dim: int,
         dtype: torch.dtype,
+        kv_format: KVFormat,
     ) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
-        self._num_kv_heads, self._head_dim = num_kv_heads, head_dim
+        self._num_kv_heads, self._head_dim, self._dtype = num_kv_heads, head_dim, dtype
+        self._is_int8 = kv_format is KVFormat.INT8
         # Zeroed: padding of a gathered batch is masked by adding -inf, which a stray NaN would
         # survive.
         shape = (2 * num_kv_heads, num_blocks * block_size, head_dim)
-        self._layers = [torch.zeros(shape, dtype=dtype) for _ in range(num_layers)]
+        stored = torch.int8 if self._is_int8 else dtype
+        self._layers = [torch.zeros(shape, dtype=stored) for _ in range(num_layers)]
         self._keys = [layer[:num_kv_heads].unsqueeze(0) for layer in self._layers]
         self._values = [layer[num_kv_heads:].unsqueeze(0) for layer in self._layers]
         self._pieces = [layer.view(-1, block_size * head_dim) for layer in self._layers]
+        self._scales = [
+            torch.zeros(shape[:2], dtype=SCALE_DTYPE) for _ in range(num_layers * self._is_int8)
+        ]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all blocks."""
-        return sum(layer.nbytes for layer in self._layers)
+        """Bytes of all blocks, scales included."""
+        return sum(tensor.nbytes for tensor in (*self._layers, *self._scales))
 
     def write(self, layer: int, slots: Tensor, kv: Tensor) -> None:
         """Store keys and values.
@@ -68,6 +104,9 @@ class KVCache:
             kv: [T, 2 · KV heads · D], keys first; rows may be strided.
         """
         by_head = kv.view(-1, 2 * self._num_kv_heads, self._head_dim).transpose(0, 1)
+        if self._is_int8:
+            by_head, scale = quantize_vectors(by_head)
+            self._scales[layer].index_copy_(1, slots, scale)
         self._layers[layer].index_copy_(1, slots, by_head)
 
     def gather(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,13 +118,38 @@ class KVCache:
         Returns:
             keys and values, each [P, S, D] contiguous, S = blocks each · block_size.
         """
-        flat = self._pieces[layer].index_select(0, rows.view(-1))
-        keys, values = flat.view(2, rows.shape[1], -1, self._head_dim).unbind(0)
+        keys, values, scales = self.gather_unscaled(layer, rows)
+        if scales is not None:
+            keys.mul_(scales[0].transpose(1, 2))
+            values.mul_(scales[1].transpose(1, 2))
         return keys, values
 
+    def gather_unscaled(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The same before keys and values are multiplied by their scales.
+
+        Returns:
+            keys and values as `gather` has them, and their scales [2, P, 1, S]; None where they
+            have none.
+        """
+        index = rows.view(-1)
+        flat, scales = self._pieces[layer].index_select(0, index), None
+        if self._is_int8:
+            flat = flat.to(self._dtype)
+            scales = self._scales[layer].view(-1, self.block_size).index_select(0, index)
+            scales = scales.view(2, rows.shape[1], 1, -1)
+        keys, values = flat.view(2, rows.shape[1], -1, self._head_dim).unbind(0)
+        return keys, values, scales
+
     def window(self, layer: int, first_slot: int, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of consecutive slots without a copy, each [1, KV heads, length, D]."""
+        """Keys and values of consecutive slots, each [1, KV heads, length, D]; a copy only in
+        int8."""
+        keys = self._keys[layer].narrow(2, first_slot, length)
+        values = self._values[layer].narrow(2, first_slot, length)
+        if not self._is_int8:
+            return keys, values
+        scales = self._scales[layer].narrow(1, first_slot, length)[None, :, :, None]
+        key_scales, value_scales = scales.chunk(2, 1)
         return (
-            self._keys[layer].narrow(2, first_slot, length),
-            self._values[layer].narrow(2, first_slot, length),
+            keys.to(self._dtype).mul_(key_scales),
+            values.to(self._dtype).mul_(value_scales),
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 
-from tightfit.kernels.formats import GROUP_SIZES, WEIGHT_BITS, Format, activation_dtype
+from tightfit.kernels.formats import GROUP_SIZES, WEIGHT_BITS, Format, KVFormat, activation_dtype
 from tightfit.workers.decoder_config import DecoderConfig
 from tightfit.workers.stored import StoredScheme
 
@@ -47,6 +47,8 @@ class ModelFormats:
     """Of the blocks' linear layers; where the checkpoint's differ, of most."""
     head: Format
     """Of the LM head."""
+    kv: KVFormat
+    """Of keys and values."""
     group_size: int | None = None
     """Input features that share a scale in the blocks' layers; None: each layer has its default."""
     stored: tuple[Mapping[Role, Scheme], ...] = ()
@@ -54,7 +56,7 @@ class ModelFormats:
 
     @property
     def activations(self) -> str:
-        """Name of the dtype of hidden states, norms, embedding and KV cache."""
+        """Name of the dtype of hidden states, norms and embedding."""
         return activation_dtype(self.layers)
 
     @property
@@ -75,7 +77,9 @@ class ModelFormats:
         return Scheme(format=self.layers, group_size=None if layer is None else self.group_size)
 
 
-def model_formats(config: DecoderConfig, layers: str = AUTO, *, head: str = AUTO) -> ModelFormats:
+def model_formats(
+    config: DecoderConfig, layers: str = AUTO, *, head: str = AUTO, kv: str = AUTO
+) -> ModelFormats:
     """The formats that an operator asked for, for a model.
 
     Args:
@@ -85,6 +89,7 @@ def model_formats(config: DecoderConfig, layers: str = AUTO, *, head: str = AUTO
             are widened and quantised anew.
         head: a `Format`, or "auto": as the layers, but int8 where they have fewer bits. The head
             picks every token, and is small beside the layers of a large model.
+        kv: a `KVFormat` of integers, or "auto": the activations' dtype.
 
     Raises:
         ValueError: the head's format has activations of another dtype than the layers'.
@@ -92,7 +97,13 @@ def model_formats(config: DecoderConfig, layers: str = AUTO, *, head: str = AUTO
     stored = tuple(_stored_layer(config, i, layers) for i in range(config.num_layers))
     fmt = _most_common(stored) if layers == AUTO else Format(layers)
     stored = stored if any(stored) else ()
-    make = partial(ModelFormats, layers=fmt, group_size=common_group_size(config), stored=stored)
+    make = partial(
+        ModelFormats,
+        layers=fmt,
+        kv=KVFormat(activation_dtype(fmt) if kv == AUTO else kv),
+        group_size=common_group_size(config),
+        stored=stored,
+    )
     if head == AUTO:
         small = fmt in WEIGHT_BITS
         return make(head=Format.INT8 if small else fmt)

@@ -47,7 +47,7 @@ DERIVED_TENSORS = (
 
 def spec_formats(config: DecoderConfig, spec: StageSpec) -> ModelFormats:
     """The formats that a stage is told to use."""
-    return model_formats(config, spec.format, head=spec.head_format)
+    return model_formats(config, spec.format, head=spec.head_format, kv=spec.kv_format)
 
 
 def qkv_rows(config: DecoderConfig) -> Tensor | None:
@@ -376,6 +376,7 @@ class ShardModel:
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             dtype=self.dtype,
+            kv_format=self.formats.kv,
         )
         self._builder = BatchBuilder(
             config, dtype=self.dtype, block_size=self.spec.block_size, num_blocks=num_blocks

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tightfit.kernels.formats import BYTES_PER_ELEMENT, linear_bytes
+from tightfit.kernels.formats import (
+    BYTES_PER_ELEMENT,
+    KV_SCALE_BYTES,
+    KVFormat,
+    kv_vector_bytes,
+    linear_bytes,
+)
 from tightfit.workers.decoder_config import DecoderConfig, Norm, Position
 from tightfit.workers.model_formats import ModelFormats, Role
 
@@ -35,7 +41,7 @@ class ModelBytes:
 
 
 def act_bytes(formats: ModelFormats) -> int:
-    """Bytes of one element of hidden state, norm, embedding or KV cache."""
+    """Bytes of one element of hidden state, norm or embedding."""
     return BYTES_PER_ELEMENT[formats.activations]
 
 
@@ -134,8 +140,9 @@ def shard_bytes(
 def kv_block_bytes(
     config: DecoderConfig, formats: ModelFormats, num_layers: int, block_size: int
 ) -> int:
-    """One KV block on a shard of `num_layers` layers: keys and values of `block_size` tokens."""
-    per_token = 2 * config.num_kv_heads * config.head_dim * act_bytes(formats)
+    """One KV block on a shard of `num_layers` layers: keys and values of `block_size` tokens, with
+    their scales."""
+    per_token = 2 * config.num_kv_heads * kv_vector_bytes(formats.kv, config.head_dim)
     return num_layers * block_size * per_token
 
 
@@ -150,9 +157,16 @@ def workspace_bytes(config: DecoderConfig, formats: ModelFormats, max_batch_toke
 
 
 def attention_bytes(config: DecoderConfig, formats: ModelFormats, max_batch_tokens: int) -> int:
-    """Workspace of attention: masks of a whole batch, gathered keys and values of one layer."""
+    """Workspace of attention: masks of a whole batch, keys and values of one layer as they are
+    written and as they are gathered."""
     is_alibi = config.position is Position.ALIBI
     masks = config.num_heads if is_alibi else config.num_heads // config.num_kv_heads
     mask = max_batch_tokens * config.max_position * (masks * act_bytes(formats) + 2 * 4)
-    one_sequence = 2 * config.max_position * config.num_kv_heads * config.head_dim
-    return mask + max(GATHER_ELEMENTS, one_sequence) * act_bytes(formats)
+    per_token = 2 * config.num_kv_heads * config.head_dim
+    gathered = max(GATHER_ELEMENTS, config.max_position * per_token)
+    if formats.kv is not KVFormat.INT8:
+        return mask + gathered * act_bytes(formats)
+    # Gathered as they lie, then widened; rounded in fp32.
+    scales = gathered // config.head_dim * KV_SCALE_BYTES
+    rounded = max_batch_tokens * per_token * (4 + 1)
+    return mask + gathered * (1 + act_bytes(formats)) + scales + rounded

@@ -123,7 +123,7 @@ class Stage:
                 f"{self._formats.layers}) needs {total:,} bytes: {self._predicted:,} for weights, "
                 f"{self._workspace:,} for workspace, {needed * per_block:,} for {needed} KV "
                 f"block(s); its budget is {spec.memory_budget_bytes:,}. Give it more memory, "
-                f"add a stage, or choose a smaller format"
+                f"add a stage, or choose a smaller format or kv_format"
             )
         return min(wanted, possible)
 
@@ -165,6 +165,7 @@ class Stage:
             first_layer=self.spec.first_layer,
             end_layer=self.spec.end_layer,
             format=str(self._formats.layers),
+            kv_format=str(self._formats.kv),
             device=self.spec.device,
             node_id=node_id,
             pid=os.getpid(),

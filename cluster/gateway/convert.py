@@ -236,6 +236,7 @@ def _stage(status: StageStatus) -> cluster_pb2.Stage:
         first_layer=status.first_layer,
         end_layer=status.end_layer,
         format=status.format,
+        kv_format=status.kv_format,
         device=status.device,
         node_id=status.node_id,
         pid=status.pid,

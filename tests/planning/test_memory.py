@@ -110,3 +110,30 @@ def test_a_budget_below_the_workspace_says_which_setting_to_lower():
             num_stages=2,
             budget_bytes=10 * 2**20,
         )
+
+
+def test_keys_and_values_in_int8_leave_room_for_nearly_twice_the_tokens_of_bloom_176b():
+    model = decoder_config(BLOOM_176B)
+    full, small = (
+        stage_bytes(model, model_formats(model, "int8", kv=kv), 0, 70, **SIZES).kv_cache
+        for kv in ("auto", "int8")
+    )
+    assert full == 16 * 4_014_080
+    assert full / small == 2 * 128 / (128 + 2)
+
+
+def test_a_plan_with_int8_keys_and_values_fits_where_full_ones_do_not():
+    model = decoder_config(SMOLLM2_135M)
+    formats = [model_formats(model, "int8", kv=kv) for kv in ("auto", "int8")]
+    sizes = {**SIZES, "kv_blocks": 4096}
+    full, small = (
+        max(
+            stage_bytes(model, some, first, end, **sizes).total
+            for first, end in plan_stages(model, some, num_stages=2, kv_blocks=4096)
+        )
+        for some in formats
+    )
+    assert small < full
+    plan_stages(model, formats[1], num_stages=2, kv_blocks=4096, budget_bytes=small)
+    with pytest.raises(PlacementError, match="lacks"):
+        plan_stages(model, formats[0], num_stages=2, kv_blocks=4096, budget_bytes=small)

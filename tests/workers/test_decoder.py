@@ -8,6 +8,7 @@ import torch
 from shard_chain import BLOCK, BLOCKS, Chain, part, random_tokens
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
+from tightfit.kernels.formats import KVFormat
 from tightfit.workers import batch
 from tightfit.workers.checkpoint import open_checkpoint
 from tightfit.workers.decoder import NormLayer
@@ -59,7 +60,13 @@ def test_rms_norm_is_as_exact_as_torchs(models, dtype, rows, outlier):
 
 def test_what_was_written_is_gathered_and_seen_through_a_window():
     cache = KVCache(
-        num_layers=2, num_blocks=7, block_size=4, num_kv_heads=3, head_dim=5, dtype=torch.float32
+        num_layers=2,
+        num_blocks=7,
+        block_size=4,
+        num_kv_heads=3,
+        head_dim=5,
+        dtype=torch.float32,
+        kv_format=KVFormat.FP32,
     )
     kv = torch.randn(8, 2 * 3 * 5)
     table = [5, 2]

@@ -69,20 +69,31 @@ def test_a_shard_over_its_budget_is_refused_with_the_sizes(checkpoint):
         Stage(StageSpec(**spec(checkpoint, memory_budget_bytes=100 * 2**20)))
 
 
-@pytest.mark.slow
-def test_the_kv_cache_takes_what_the_budget_leaves(checkpoint):
-    budget = 400 * 2**20
+def stage_memory(arguments):
+    """Total bytes and KV blocks of a stage in a process of its own."""
     code = MEASURE + "m = stage.memory()\nprint(json.dumps([m.total_bytes, m.num_kv_blocks]))"
-    arguments = spec(checkpoint, num_kv_blocks=None, memory_budget_bytes=budget)
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(arguments)],
         capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    total, num_blocks = json.loads(done.stdout.splitlines()[-1])
-    block_bytes = 12 * 16 * 2 * 1024 * 2
-    assert num_blocks > 10
-    assert budget - block_bytes < total <= budget
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_the_kv_cache_takes_what_the_budget_leaves_and_int8_nearly_twice_the_tokens(checkpoint):
+    budget, blocks = 500 * 2**20, {}
+    for kv_format, vector_bytes in (("auto", 128 * 2), ("int8", 128 + 2)):
+        total, blocks[kv_format] = stage_memory(
+            spec(
+                checkpoint, num_kv_blocks=None, max_kv_blocks=10**6, memory_budget_bytes=budget,
+                kv_format=kv_format,
+            )
+        )  # fmt: skip
+        block_bytes = 12 * 16 * 2 * 8 * vector_bytes
+        assert budget - block_bytes < total <= budget
+    assert blocks["auto"] > 100
+    assert blocks["int8"] > 1.8 * blocks["auto"]
 
 
 @pytest.mark.slow

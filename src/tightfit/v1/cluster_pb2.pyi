@@ -114,6 +114,7 @@ class Stage(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     BUSY_SHARE_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
+    KV_FORMAT_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Place in the pipeline, from 0."""
     first_layer: _builtins.int
@@ -134,6 +135,8 @@ class Stage(_message.Message):
     """Micro-batches computed in this epoch."""
     busy_share: _builtins.float
     """Share of its time spent computing since it started, in [0, 1]."""
+    kv_format: _builtins.str
+    """How keys and values are cached: "fp32", "bf16" or "int8"."""
     @_builtins.property
     def memory(self) -> Global___StageMemory:
         """Its memory."""
@@ -152,10 +155,11 @@ class Stage(_message.Message):
         steps: _builtins.int = ...,
         busy_share: _builtins.float = ...,
         memory: Global___StageMemory | None = ...,
+        kv_format: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_share", b"busy_share", "device", b"device", "end_layer", b"end_layer", "epoch", b"epoch", "first_layer", b"first_layer", "format", b"format", "index", b"index", "memory", b"memory", "node_id", b"node_id", "pid", b"pid", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_share", b"busy_share", "device", b"device", "end_layer", b"end_layer", "epoch", b"epoch", "first_layer", b"first_layer", "format", b"format", "index", b"index", "kv_format", b"kv_format", "memory", b"memory", "node_id", b"node_id", "pid", b"pid", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
