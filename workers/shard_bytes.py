@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 from tightfit.kernels.formats import BYTES_PER_ELEMENT, linear_bytes
@@ -59,8 +60,13 @@ def _linear_bytes(
     return linear_bytes(scheme.format, n_out, n_in, group_size=scheme.group_size, bias=bias)
 
 
-def layer_bytes(config: DecoderConfig, formats: ModelFormats, layer: int) -> int:
-    """Weights of one layer."""
+def layer_bytes(
+    config: DecoderConfig,
+    formats: ModelFormats,
+    layer: int,
+    shared: Container[tuple[int, Role]] = (),
+) -> int:
+    """Weights of one layer, but for those that are `shared`: an earlier layer holds them."""
     attn, hidden, mlp = config.num_heads * config.head_dim, config.hidden_size, config.mlp_bias
     linears = (
         (Role.QKV, config.qkv_out, hidden, config.qkv_bias),
@@ -71,6 +77,7 @@ def layer_bytes(config: DecoderConfig, formats: ModelFormats, layer: int) -> int
     return 2 * _norm_bytes(config, formats) + sum(
         _linear_bytes(formats, role, n_out, n_in, layer=layer, bias=bias)
         for role, n_out, n_in, bias in linears
+        if (layer, role) not in shared
     )
 
 
@@ -120,14 +127,19 @@ def shard_bytes(
     *,
     has_embedding: bool,
     has_head: bool,
+    shared: Container[tuple[int, Role]] = (),
 ) -> int:
-    """Weights of one shard; equals what a loaded shard's tensors occupy."""
-    total = sum(layer_bytes(config, formats, i) for i in range(first_layer, end_layer))
+    """Weights of one shard; equals what a loaded shard's tensors occupy.
+
+    `shared`: linear layers that an earlier layer of the shard holds (`shared_weights.py`).
+    """
+    layers = range(first_layer, end_layer)
+    total = sum(layer_bytes(config, formats, i, shared) for i in layers)
     if has_embedding:
         total += embedding_bytes(config, formats)
     if has_head:
-        shared = has_embedding and head_is_shared(config, formats)
-        total += head_bytes(config, formats, shared=shared)
+        is_tied = has_embedding and head_is_shared(config, formats)
+        total += head_bytes(config, formats, shared=is_tied)
     return total
 
 

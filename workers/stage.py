@@ -22,7 +22,7 @@ from tightfit.workers.api import (
     StageStatus,
     StepResult,
 )
-from tightfit.workers.checkpoint import open_checkpoint
+from tightfit.workers.checkpoint import Checkpoint, open_checkpoint
 from tightfit.workers.decoder_config import DecoderConfig, decoder_config
 from tightfit.workers.errors import BudgetError, LinkError, StageError
 from tightfit.workers.link import StepMessage
@@ -34,6 +34,7 @@ from tightfit.workers.shard_bytes import (
     shard_bytes,
     workspace_bytes,
 )
+from tightfit.workers.shared_weights import shared_linears
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class Stage:
         try:
             self.config = decoder_config(checkpoint.config)
             self._formats = spec_formats(self.config, spec)
-            self._predicted = self._predict_weights()
+            self._predicted = self._predict_weights(checkpoint)
             self._workspace = workspace_bytes(self.config, self._formats, spec.max_batch_tokens)
             num_blocks = self._plan_kv_blocks()
             self._limit_memory(num_blocks)
@@ -90,7 +91,7 @@ class Stage:
 
     # -- memory ------------------------------------------------------------------------------
 
-    def _predict_weights(self) -> int:
+    def _predict_weights(self, checkpoint: Checkpoint) -> int:
         spec = self.spec
         return shard_bytes(
             self.config,
@@ -99,6 +100,7 @@ class Stage:
             spec.end_layer,
             has_embedding=spec.is_first,
             has_head=spec.is_last,
+            shared=shared_linears(checkpoint, self.config, self._formats, spec),
         )
 
     def _kv_block_bytes(self) -> int:
