@@ -61,7 +61,12 @@ def chosen_formats(config: ServeConfig, model: ModelDescription) -> ModelFormats
         ConfigError: they do not go together.
     """
     try:
-        return model_formats(model.config, config.format, head=config.head_format)
+        return model_formats(
+            model.config,
+            config.format,
+            head=config.head_format,
+            embedding_place=config.embedding_place,
+        )
     except ValueError as error:
         raise ConfigError(f"head_format: {error}") from error
 
@@ -92,6 +97,7 @@ def stage_specs(config: ServeConfig, model: ModelDescription) -> list[StageSpec]
             end_layer=end,
             format=config.format,
             head_format=config.head_format,
+            embedding_place=config.embedding_place,
             device=config.device,
             memory_budget_bytes=config.memory_budget_bytes,
             block_size=config.block_size,

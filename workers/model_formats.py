@@ -49,6 +49,8 @@ class ModelFormats:
     """Of the LM head."""
     group_size: int | None = None
     """Input features that share a scale in the blocks' layers; None: each layer has its default."""
+    embedding_on_host: bool = False
+    """The embedding's table takes nothing of its stage's memory."""
     stored: tuple[Mapping[Role, Scheme], ...] = ()
     """For each layer, what is held as the checkpoint has it; empty: nothing is."""
 
@@ -75,7 +77,9 @@ class ModelFormats:
         return Scheme(format=self.layers, group_size=None if layer is None else self.group_size)
 
 
-def model_formats(config: DecoderConfig, layers: str = AUTO, *, head: str = AUTO) -> ModelFormats:
+def model_formats(
+    config: DecoderConfig, layers: str = AUTO, *, head: str = AUTO, embedding_place: str = "device"
+) -> ModelFormats:
     """The formats that an operator asked for, for a model.
 
     Args:
@@ -85,6 +89,7 @@ def model_formats(config: DecoderConfig, layers: str = AUTO, *, head: str = AUTO
             are widened and quantised anew.
         head: a `Format`, or "auto": as the layers, but int8 where they have fewer bits. The head
             picks every token, and is small beside the layers of a large model.
+        embedding_place: "device" or "host", as `StageSpec.embedding_place`.
 
     Raises:
         ValueError: the head's format has activations of another dtype than the layers'.
@@ -92,7 +97,13 @@ def model_formats(config: DecoderConfig, layers: str = AUTO, *, head: str = AUTO
     stored = tuple(_stored_layer(config, i, layers) for i in range(config.num_layers))
     fmt = _most_common(stored) if layers == AUTO else Format(layers)
     stored = stored if any(stored) else ()
-    make = partial(ModelFormats, layers=fmt, group_size=common_group_size(config), stored=stored)
+    make = partial(
+        ModelFormats,
+        layers=fmt,
+        group_size=common_group_size(config),
+        embedding_on_host=embedding_place == "host",
+        stored=stored,
+    )
     if head == AUTO:
         small = fmt in WEIGHT_BITS
         return make(head=Format.INT8 if small else fmt)

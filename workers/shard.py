@@ -24,6 +24,7 @@ from tightfit.workers.checkpoint import Checkpoint
 from tightfit.workers.checkpoints.packed import StoredLinear
 from tightfit.workers.decoder import DecoderLayer, LayerWeights, NormLayer
 from tightfit.workers.decoder_config import DecoderConfig, Position
+from tightfit.workers.embedding import EmbeddingTable
 from tightfit.workers.errors import CheckpointError, StageError
 from tightfit.workers.kv_cache import KVCache
 from tightfit.workers.model_formats import ModelFormats, Role, model_formats
@@ -34,7 +35,9 @@ from tightfit.workers.shared_weights import shared_linears
 
 def spec_formats(config: DecoderConfig, spec: StageSpec) -> ModelFormats:
     """The formats that a stage is told to use."""
-    return model_formats(config, spec.format, head=spec.head_format)
+    return model_formats(
+        config, spec.format, head=spec.head_format, embedding_place=spec.embedding_place
+    )
 
 
 def qkv_rows(config: DecoderConfig) -> Tensor | None:
@@ -56,7 +59,7 @@ class ShardModel:
         self._linears: dict[tuple[int | None, Role], Linear] = {}
         self._shared: dict[tuple[int, Role], int] = {}
         self.crossover_tokens: dict[str, int] = {}
-        self._embedding: Tensor | None = None
+        self._embedding: EmbeddingTable | None = None
         self._positions: Tensor | None = None
         self._embedding_norm: NormLayer | None = None
         self._project_in: Linear | None = None
@@ -184,13 +187,19 @@ class ShardModel:
 
     def _load_embedding(self, reader: ShardReader) -> None:
         config, n = self.config, self.config.names
-        self._embedding = self._own(reader.read(f"{n.embedding}.weight"))
+        self._embedding = self._table(reader, f"{n.embedding}.weight")
         if config.position is Position.LEARNED:
             self._positions = self._own(reader.read(f"{n.position}.weight"))
         if config.embedding_norm:
             self._embedding_norm = self._norm(reader, n.embedding_norm)
         if config.is_projected:
             self._project_in = self._linear(reader, Role.PROJECT_IN, (n.project_in,))
+
+    def _table(self, reader: ShardReader, name: str) -> EmbeddingTable:
+        tensor = reader.read(name)
+        if not (self.formats.embedding_on_host and reader.stays_in_file(name)):
+            tensor = self._own(tensor)
+        return EmbeddingTable(tensor, dtype=self.dtype, device=self.spec.device)
 
     def _own(self, tensor: Tensor) -> Tensor:
         own = torch.empty(tensor.shape, dtype=self.dtype)
@@ -204,7 +213,8 @@ class ShardModel:
         if config.is_projected:
             self._project_out = self._linear(reader, Role.PROJECT_OUT, (n.project_out,))
         if self.spec.is_first and head_is_shared(config, self.formats):
-            self._shared_head = self._embedding
+            assert self._embedding is not None
+            self._shared_head = self._embedding.table
         else:
             name = n.embedding if config.tied_head else n.head
             self._head = self._linear(reader, Role.HEAD, (name,))
@@ -228,13 +238,12 @@ class ShardModel:
     def weight_bytes(self) -> int:
         """Bytes of all weights held; of those that layers share, once."""
         repeated = sum(self._linears[key].nbytes for key in self._shared)
-        tensors = (self._embedding, self._positions)
         parts = (
+            None if self.formats.embedding_on_host else self._embedding, self._positions,
             self._embedding_norm, self._project_in, self._project_out, self._final_norm, self._head,
         )  # fmt: skip
         return (
             sum(layer.weights.nbytes for layer in self.layers)
-            + sum(t.nbytes for t in tensors if t is not None)
             + sum(p.nbytes for p in parts if p is not None)
             - repeated
         )
@@ -287,7 +296,7 @@ class ShardModel:
 
     def _embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         assert self._embedding is not None
-        x = self._embedding.index_select(0, token_ids)
+        x = self._embedding(token_ids)
         if self._project_in is not None:
             x = self._project_in(x)
         if self._positions is not None:

@@ -81,9 +81,14 @@ def layer_bytes(
     )
 
 
+def table_bytes(config: DecoderConfig, formats: ModelFormats) -> int:
+    """The embedding's table, in the dtype of the activations."""
+    return config.vocab_size * config.embedding_size * act_bytes(formats)
+
+
 def embedding_bytes(config: DecoderConfig, formats: ModelFormats) -> int:
     """What the first stage holds besides its layers."""
-    total = config.vocab_size * config.embedding_size * act_bytes(formats)
+    total = 0 if formats.embedding_on_host else table_bytes(config, formats)
     if config.position is Position.LEARNED:
         total += config.learned_positions * config.hidden_size * act_bytes(formats)
     if config.embedding_norm:
@@ -95,8 +100,8 @@ def embedding_bytes(config: DecoderConfig, formats: ModelFormats) -> int:
 
 def head_is_shared(config: DecoderConfig, formats: ModelFormats) -> bool:
     """A stage that holds both ends keeps the tied tensor once: when both want it in the same
-    format."""
-    return config.tied_head and formats.has_dense_head
+    format, and in the stage's memory."""
+    return config.tied_head and formats.has_dense_head and not formats.embedding_on_host
 
 
 def head_bytes(config: DecoderConfig, formats: ModelFormats, *, shared: bool = False) -> int:

@@ -13,6 +13,7 @@ from tightfit.workers.api import LoadProgress, StageSpec
 from tightfit.workers.checkpoint import Checkpoint, find_prefix
 from tightfit.workers.checkpoints.packed import StoredLinear, read_stored, stacked
 from tightfit.workers.decoder_config import DecoderConfig
+from tightfit.workers.embedding import stays_in_file
 from tightfit.workers.errors import CheckpointError
 from tightfit.workers.model_formats import ModelFormats, Role
 from tightfit.workers.shard_bytes import head_is_shared
@@ -115,6 +116,10 @@ class ShardReader:
         tensor = self._checkpoint.read(full)
         self._done += self._checkpoint.nbytes(full)
         return tensor
+
+    def stays_in_file(self, name: str) -> bool:
+        """Whether `read` gives a view of this tensor's file; see `embedding.stays_in_file`."""
+        return stays_in_file(self._checkpoint, self._full(name))
 
     def stack(self, names: list[str]) -> Tensor:
         """Some tensors one below the other; of those that are copies, one at a time is held."""

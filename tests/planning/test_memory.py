@@ -110,3 +110,14 @@ def test_a_budget_below_the_workspace_says_which_setting_to_lower():
             num_stages=2,
             budget_bytes=10 * 2**20,
         )
+
+
+def test_an_embedding_on_the_host_gives_the_first_stage_more_layers():
+    model = decoder_config(BLOOM_176B)
+    host = model_formats(model, "int8", embedding_place="host")
+    device = model_formats(model, "int8")
+    size = stage_bytes(model, device, 0, 1, **SIZES).weights
+    assert size - stage_bytes(model, host, 0, 1, **SIZES).weights == 250_880 * 14_336 * 2
+    (_, first), *_ = plan_stages(model, host, num_stages=5)
+    (_, before), *_ = plan_stages(model, device, num_stages=5)
+    assert first > before
