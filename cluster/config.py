@@ -69,6 +69,14 @@ class ServeConfig:
             choices=(AUTO, str(KVFormat.INT8)),
         ),
     ] = AUTO
+    embedding_place: Annotated[
+        str,
+        Option(
+            "Where the embedding's table is: device (in the first stage's memory), or host (in the "
+            "checkpoint's file, of which a step reads the rows that it needs).",
+            choices=("device", "host"),
+        ),
+    ] = "device"
     stages: Annotated[int, Option("Pipeline stages.", at_least=1)] = 1
     balance: Annotated[
         str,

@@ -62,7 +62,11 @@ def chosen_formats(config: ServeConfig, model: ModelDescription) -> ModelFormats
     """
     try:
         return model_formats(
-            model.config, config.format, head=config.head_format, kv=config.kv_format
+            model.config,
+            config.format,
+            head=config.head_format,
+            kv=config.kv_format,
+            embedding_place=config.embedding_place,
         )
     except ValueError as error:
         raise ConfigError(f"head_format: {error}") from error
@@ -95,6 +99,7 @@ def stage_specs(config: ServeConfig, model: ModelDescription) -> list[StageSpec]
             format=config.format,
             head_format=config.head_format,
             kv_format=config.kv_format,
+            embedding_place=config.embedding_place,
             device=config.device,
             memory_budget_bytes=config.memory_budget_bytes,
             block_size=config.block_size,

@@ -130,6 +130,10 @@ class StageSpec:
     """Of the LM head: the same, or "auto": as the layers, int8 where they have fewer bits."""
     kv_format: str = "auto"
     """Of keys and values: "int8", or "auto": the activations' dtype."""
+    embedding_place: str = "device"
+    """Where the embedding's table is: "device", in the stage's memory, or "host": in the
+    checkpoint's file, mapped, of which a step reads the rows that it needs; widened into host
+    memory if the file has it quantised."""
     device: str = "cpu"
     """torch device name."""
     memory_budget_bytes: int | None = None
@@ -193,11 +197,14 @@ class StageMemory:
     rss_anon_bytes: int
     budget_bytes: int | None
     num_kv_blocks: int
+    host_bytes: int = 0
+    """Of an embedding that is to be on the host and could not stay in its file. On a CPU device it
+    counts against the budget, though not as a weight."""
 
     @property
     def total_bytes(self) -> int:
-        """What counts against the budget."""
-        return self.weight_bytes + self.kv_cache_bytes + self.workspace_bytes
+        """What the stage takes; on a CPU device, of its budget."""
+        return self.weight_bytes + self.kv_cache_bytes + self.workspace_bytes + self.host_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tightfit.workers.checkpoints.base import Checkpoint
+from tightfit.workers.checkpoints.base import Checkpoint, Place
 from tightfit.workers.checkpoints.directory import DirectoryCheckpoint, read_index
 from tightfit.workers.checkpoints.safetensors import SafetensorsFile
 from tightfit.workers.checkpoints.torch_bin import TorchFile
 from tightfit.workers.decoder_config import DecoderConfig
 from tightfit.workers.errors import CheckpointError
 
-__all__ = ["Checkpoint", "find_prefix", "open_checkpoint"]
+__all__ = ["Checkpoint", "Place", "find_prefix", "open_checkpoint"]
 
 
 def find_prefix(checkpoint: Checkpoint, config: DecoderConfig, path: str | Path) -> str:

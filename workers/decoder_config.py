@@ -211,7 +211,8 @@ class DecoderConfig:
             if scheme is not None:
                 yield from (f"{linear.name}.{suffix}" for suffix in scheme.integer_suffixes)
 
-    def _linear_tensors(self, linear: LinearShape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def linear_tensors(self, linear: LinearShape) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(name, shape) of every tensor of one linear layer, without prefix."""
         scheme = self.stored_scheme(linear.name)
         if scheme is None:
             yield f"{linear.name}.weight", (linear.n_out, linear.n_in)
@@ -226,7 +227,7 @@ class DecoderConfig:
         yield from self.norm_tensors(n.attn_norm.format(i=i))
         yield from self.norm_tensors(n.mlp_norm.format(i=i))
         for linear in self.layer_linears(i):
-            yield from self._linear_tensors(linear)
+            yield from self.linear_tensors(linear)
 
     def embedding_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """(name, shape) of what the first stage holds besides layers, without prefix."""
@@ -255,7 +256,7 @@ class DecoderConfig:
         """Of the linear layer outside the blocks that has this name, if there is one."""
         for linear in self.outer_linears():
             if linear.name == name:
-                yield from self._linear_tensors(linear)
+                yield from self.linear_tensors(linear)
 
     def norm_tensors(self, name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
         """(name, shape) of one norm's tensors."""

@@ -51,6 +51,8 @@ class ModelFormats:
     """Of keys and values."""
     group_size: int | None = None
     """Input features that share a scale in the blocks' layers; None: each layer has its default."""
+    embedding_on_host: bool = False
+    """The embedding's table takes nothing of its stage's memory."""
     stored: tuple[Mapping[Role, Scheme], ...] = ()
     """For each layer, what is held as the checkpoint has it; empty: nothing is."""
 
@@ -78,7 +80,12 @@ class ModelFormats:
 
 
 def model_formats(
-    config: DecoderConfig, layers: str = AUTO, *, head: str = AUTO, kv: str = AUTO
+    config: DecoderConfig,
+    layers: str = AUTO,
+    *,
+    head: str = AUTO,
+    kv: str = AUTO,
+    embedding_place: str = "device",
 ) -> ModelFormats:
     """The formats that an operator asked for, for a model.
 
@@ -90,6 +97,7 @@ def model_formats(
         head: a `Format`, or "auto": as the layers, but int8 where they have fewer bits. The head
             picks every token, and is small beside the layers of a large model.
         kv: a `KVFormat` of integers, or "auto": the activations' dtype.
+        embedding_place: "device" or "host", as `StageSpec.embedding_place`.
 
     Raises:
         ValueError: the head's format has activations of another dtype than the layers'.
@@ -102,6 +110,7 @@ def model_formats(
         layers=fmt,
         kv=KVFormat(activation_dtype(fmt) if kv == AUTO else kv),
         group_size=common_group_size(config),
+        embedding_on_host=embedding_place == "host",
         stored=stored,
     )
     if head == AUTO:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 from tightfit.kernels.formats import (
@@ -23,7 +24,7 @@ SCRATCH_ROWS = 4096
 """Output channels that `kernels.cpu.int8_dequantized` widens at a time."""
 WIDENING_BYTES = 12 * 2**21
 """What `kernels.cpu.bind_dequantized` takes for a block of 2^21 weights of 3 bits, whose pieces are
-int32 before they are bf16 (measured: 10.8 bytes for each; 4 bits: 3.8)."""
+int32 before they are bf16 (measured: 10.8 bytes for each; 4 bits take about 6)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +66,13 @@ def _linear_bytes(
     return linear_bytes(scheme.format, n_out, n_in, group_size=scheme.group_size, bias=bias)
 
 
-def layer_bytes(config: DecoderConfig, formats: ModelFormats, layer: int) -> int:
-    """Weights of one layer."""
+def layer_bytes(
+    config: DecoderConfig,
+    formats: ModelFormats,
+    layer: int,
+    shared: Container[tuple[int, Role]] = (),
+) -> int:
+    """Weights of one layer, but for those that are `shared`: an earlier layer holds them."""
     attn, hidden, mlp = config.num_heads * config.head_dim, config.hidden_size, config.mlp_bias
     linears = (
         (Role.QKV, config.qkv_out, hidden, config.qkv_bias),
@@ -77,12 +83,18 @@ def layer_bytes(config: DecoderConfig, formats: ModelFormats, layer: int) -> int
     return 2 * _norm_bytes(config, formats) + sum(
         _linear_bytes(formats, role, n_out, n_in, layer=layer, bias=bias)
         for role, n_out, n_in, bias in linears
+        if (layer, role) not in shared
     )
+
+
+def table_bytes(config: DecoderConfig, formats: ModelFormats) -> int:
+    """The embedding's table, in the dtype of the activations."""
+    return config.vocab_size * config.embedding_size * act_bytes(formats)
 
 
 def embedding_bytes(config: DecoderConfig, formats: ModelFormats) -> int:
     """What the first stage holds besides its layers."""
-    total = config.vocab_size * config.embedding_size * act_bytes(formats)
+    total = 0 if formats.embedding_on_host else table_bytes(config, formats)
     if config.position is Position.LEARNED:
         total += config.learned_positions * config.hidden_size * act_bytes(formats)
     if config.embedding_norm:
@@ -94,8 +106,8 @@ def embedding_bytes(config: DecoderConfig, formats: ModelFormats) -> int:
 
 def head_is_shared(config: DecoderConfig, formats: ModelFormats) -> bool:
     """A stage that holds both ends keeps the tied tensor once: when both want it in the same
-    format."""
-    return config.tied_head and formats.has_dense_head
+    format, and in the stage's memory."""
+    return config.tied_head and formats.has_dense_head and not formats.embedding_on_host
 
 
 def head_bytes(config: DecoderConfig, formats: ModelFormats, *, shared: bool = False) -> int:
@@ -126,14 +138,19 @@ def shard_bytes(
     *,
     has_embedding: bool,
     has_head: bool,
+    shared: Container[tuple[int, Role]] = (),
 ) -> int:
-    """Weights of one shard; equals what a loaded shard's tensors occupy."""
-    total = sum(layer_bytes(config, formats, i) for i in range(first_layer, end_layer))
+    """Weights of one shard; equals what a loaded shard's tensors occupy.
+
+    `shared`: linear layers that an earlier layer of the shard holds (`shared_weights.py`).
+    """
+    layers = range(first_layer, end_layer)
+    total = sum(layer_bytes(config, formats, i, shared) for i in layers)
     if has_embedding:
         total += embedding_bytes(config, formats)
     if has_head:
-        shared = has_embedding and head_is_shared(config, formats)
-        total += head_bytes(config, formats, shared=shared)
+        is_tied = has_embedding and head_is_shared(config, formats)
+        total += head_bytes(config, formats, shared=is_tied)
     return total
 
 

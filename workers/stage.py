@@ -22,8 +22,9 @@ from tightfit.workers.api import (
     StageStatus,
     StepResult,
 )
-from tightfit.workers.checkpoint import open_checkpoint
+from tightfit.workers.checkpoint import Checkpoint, open_checkpoint
 from tightfit.workers.decoder_config import DecoderConfig, decoder_config
+from tightfit.workers.embedding import widened_bytes
 from tightfit.workers.errors import BudgetError, LinkError, StageError
 from tightfit.workers.link import StepMessage
 from tightfit.workers.sampler import sample, score
@@ -34,6 +35,7 @@ from tightfit.workers.shard_bytes import (
     shard_bytes,
     workspace_bytes,
 )
+from tightfit.workers.shared_weights import shared_linears
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +74,8 @@ class Stage:
         try:
             self.config = decoder_config(checkpoint.config)
             self._formats = spec_formats(self.config, spec)
-            self._predicted = self._predict_weights()
+            self._predicted = self._predict_weights(checkpoint)
+            self._host_bytes = widened_bytes(checkpoint, self.config, self._formats, spec)
             self._workspace = workspace_bytes(self.config, self._formats, spec.max_batch_tokens)
             num_blocks = self._plan_kv_blocks()
             self._limit_memory(num_blocks)
@@ -90,7 +93,7 @@ class Stage:
 
     # -- memory ------------------------------------------------------------------------------
 
-    def _predict_weights(self) -> int:
+    def _predict_weights(self, checkpoint: Checkpoint) -> int:
         spec = self.spec
         return shard_bytes(
             self.config,
@@ -99,6 +102,7 @@ class Stage:
             spec.end_layer,
             has_embedding=spec.is_first,
             has_head=spec.is_last,
+            shared=shared_linears(checkpoint, self.config, self._formats, spec),
         )
 
     def _kv_block_bytes(self) -> int:
@@ -113,14 +117,15 @@ class Stage:
         wanted = spec.num_kv_blocks or spec.max_kv_blocks
         if spec.memory_budget_bytes is None:
             return wanted
-        left = spec.memory_budget_bytes - self._predicted - self._workspace
+        weights = self._predicted + (self._host_bytes if spec.device == "cpu" else 0)
+        left = spec.memory_budget_bytes - weights - self._workspace
         possible = left // per_block
         needed = wanted if spec.num_kv_blocks else 1
         if possible < needed:
-            total = self._predicted + self._workspace + needed * per_block
+            total = weights + self._workspace + needed * per_block
             raise BudgetError(
                 f"stage {spec.stage_index} (layers {spec.first_layer}-{spec.end_layer - 1}, "
-                f"{self._formats.layers}) needs {total:,} bytes: {self._predicted:,} for weights, "
+                f"{self._formats.layers}) needs {total:,} bytes: {weights:,} for weights, "
                 f"{self._workspace:,} for workspace, {needed * per_block:,} for {needed} KV "
                 f"block(s); its budget is {spec.memory_budget_bytes:,}. Give it more memory, "
                 f"add a stage, or choose a smaller format or kv_format"
@@ -156,6 +161,7 @@ class Stage:
             rss_anon_bytes=max(0, rss_anon_bytes() - self._base_rss),
             budget_bytes=self.spec.memory_budget_bytes,
             num_kv_blocks=self.num_kv_blocks,
+            host_bytes=self._host_bytes,
         )
 
     def status(self, *, node_id: str) -> StageStatus:

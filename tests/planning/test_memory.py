@@ -137,3 +137,14 @@ def test_a_plan_with_int8_keys_and_values_fits_where_full_ones_do_not():
     plan_stages(model, formats[1], num_stages=2, kv_blocks=4096, budget_bytes=small)
     with pytest.raises(PlacementError, match="lacks"):
         plan_stages(model, formats[0], num_stages=2, kv_blocks=4096, budget_bytes=small)
+
+
+def test_an_embedding_on_the_host_gives_the_first_stage_more_layers():
+    model = decoder_config(BLOOM_176B)
+    host = model_formats(model, "int8", embedding_place="host")
+    device = model_formats(model, "int8")
+    size = stage_bytes(model, device, 0, 1, **SIZES).weights
+    assert size - stage_bytes(model, host, 0, 1, **SIZES).weights == 250_880 * 14_336 * 2
+    (_, first), *_ = plan_stages(model, host, num_stages=5)
+    (_, before), *_ = plan_stages(model, device, num_stages=5)
+    assert first > before

@@ -8,7 +8,7 @@ import mmap
 import warnings
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +33,20 @@ INTEGER_NAMES: Final = {
 
 COPY_BELOW_BYTES: Final = 2**20
 """Smaller tensors are copied out: a norm kept for good shall not keep a shard file mapped."""
+
+
+class Place(NamedTuple):
+    """Where a tensor's bytes lie and how they are read: tensors with equal places are equal."""
+
+    path: Path
+    """The file."""
+    offset: int
+    """Its first byte there."""
+    kind: str
+    """Dtype as stored, and anything else that `read` goes by."""
+    shape: tuple[int, ...]
+    stride: tuple[int, ...] | None = None
+    """In items; None: contiguous."""
 
 
 class Checkpoint(Protocol):
@@ -61,6 +75,9 @@ class Checkpoint(Protocol):
 
     def nbytes(self, name: str) -> int:
         """Bytes of the tensor in its file."""
+
+    def place(self, name: str) -> Place:
+        """Where it is stored; several names may share one."""
 
     def read(self, name: str) -> Tensor:
         """The tensor on the CPU in its stored dtype; GGUF's quants widened to fp32.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tightfit.workers.checkpoints.base import (
     INTEGER_NAMES,
+    Place,
     check_dtype,
     check_shape,
     read_json_object,
@@ -29,6 +30,7 @@ class TensorFile(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
     def dtype(self, name: str) -> str: ...
     def nbytes(self, name: str) -> int: ...
+    def place(self, name: str) -> Place: ...
     def read(self, name: str) -> Tensor: ...
 
 
@@ -123,6 +125,10 @@ class DirectoryCheckpoint:
     def nbytes(self, name: str) -> int:
         """See `Checkpoint`."""
         return self._find(name).nbytes(name)
+
+    def place(self, name: str) -> Place:
+        """See `Checkpoint`."""
+        return self._find(name).place(name)
 
     def read(self, name: str) -> Tensor:
         """See `Checkpoint`."""

@@ -17,7 +17,7 @@ from gguf.constants import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
 from torch import Tensor
 
-from tightfit.workers.checkpoints.base import DTYPE_NAMES, MappedFile, check_shape
+from tightfit.workers.checkpoints.base import DTYPE_NAMES, MappedFile, Place, check_shape
 from tightfit.workers.checkpoints.gguf_config import huggingface_config
 from tightfit.workers.checkpoints.gguf_header import TensorInfo, read_header
 from tightfit.workers.errors import CheckpointError
@@ -130,6 +130,13 @@ class GGUFCheckpoint:
     def nbytes(self, name: str) -> int:
         """See `Checkpoint`."""
         return self._info(name).nbytes
+
+    def place(self, name: str) -> Place:
+        """See `Checkpoint`."""
+        info = self._info(name)
+        heads = self._check_heads(name, info)
+        kind = info.kind.name if heads is None else f"{info.kind.name} by {heads} heads"
+        return Place(path=self._path, offset=info.offset, kind=kind, shape=info.shape)
 
     def validate(
         self, wanted: Iterable[tuple[str, tuple[int, ...]]], integers: Container[str] = ()

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from tightfit.workers.checkpoints.base import DTYPE_NAMES, INTEGER_NAMES, MappedFile
+from tightfit.workers.checkpoints.base import DTYPE_NAMES, INTEGER_NAMES, MappedFile, Place
 from tightfit.workers.errors import CheckpointError
 
 DTYPES: Final = {
@@ -120,6 +120,11 @@ class SafetensorsFile:
     def nbytes(self, name: str) -> int:
         """See `Checkpoint`."""
         return self._entries[name].nbytes
+
+    def place(self, name: str) -> Place:
+        """See `Checkpoint`."""
+        entry = self._entries[name]
+        return Place(path=self.path, offset=entry.offset, kind=entry.dtype, shape=entry.shape)
 
     def read(self, name: str) -> Tensor:
         """See `Checkpoint`; the dtype is one that `check_dtype` lets pass."""

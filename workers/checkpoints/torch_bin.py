@@ -20,7 +20,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from tightfit.workers.checkpoints.base import DTYPE_NAMES, MappedFile
+from tightfit.workers.checkpoints.base import DTYPE_NAMES, MappedFile, Place
 from tightfit.workers.errors import CheckpointError
 
 STORAGE_DTYPES: Final = {
@@ -188,11 +188,22 @@ class TorchFile:
         tensor = self._tensors[name]
         return math.prod(tensor.shape) * tensor.storage.dtype.itemsize
 
+    def place(self, name: str) -> Place:
+        """See `Checkpoint`: tensors that shared a storage when they were saved lie in one place."""
+        tensor, dtype = self._tensors[name], self._tensors[name].storage.dtype
+        return Place(
+            path=self.path,
+            offset=self._offsets[name] + tensor.first * dtype.itemsize,
+            kind=str(dtype),
+            shape=tensor.shape,
+            stride=tensor.stride,
+        )
+
     def read(self, name: str) -> Tensor:
         """See `Checkpoint`; strided as it was saved."""
         tensor, dtype = self._tensors[name], self._tensors[name].storage.dtype
         if 0 in tensor.shape:
             return torch.empty(tensor.shape, dtype=dtype)
-        begin = self._offsets[name] + tensor.first * dtype.itemsize
-        flat = self._file.tensor(begin, dtype, (tensor.end - tensor.first,))
+        count = tensor.end - tensor.first
+        flat = self._file.tensor(self.place(name).offset, dtype, (count,))
         return flat.as_strided(tensor.shape, tensor.stride)
