@@ -36,6 +36,7 @@ from tightfit.cluster.scheduling.batching import Scheduler, SchedulerConfig
 from tightfit.cluster.tokenizer import Tokenizer, load_tokenizer
 from tightfit.workers.api import LoadProgress, StageSpec, StageStatus
 from tightfit.workers.model_formats import ModelFormats, model_formats
+from tightfit.workers.shard_bytes import format_label
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +179,7 @@ def make_engine(
             num_layers=model.config.num_layers,
             vocab_size=model.config.vocab_size,
             max_context_tokens=scheduler.config.max_context,
-            weight_format=replica.statuses[0].format,
+            weight_format=format_label(model.config, chosen_formats(config, model)),
             eos_token_ids=eos,
             num_stages=config.stages,
         ),
@@ -250,7 +251,7 @@ class LostStage:
 
 
 def _announce(config: ServeConfig, model: ModelDescription) -> None:
-    fmt = chosen_formats(config, model).layers
+    fmt = format_label(model.config, chosen_formats(config, model))
     print(
         f"{config.model_name}: {model.config.family}, {model.config.num_layers} layers, from "
         f"{model.source_format}, as {fmt} on {config.stages} stage(s)",

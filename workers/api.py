@@ -206,6 +206,7 @@ class StageStatus:
     first_layer: int
     end_layer: int
     format: str
+    """As `shard_bytes.format_label` says."""
     device: str
     node_id: str
     pid: int

@@ -24,6 +24,9 @@ VERSION: Final = 1
 MIX_FORMATS: Final = (Format.INT3, Format.INT4, Format.INT8)
 """What a mix is made of, fewest bits first."""
 
+BLOCK_ROLES: Final = (Role.QKV, Role.ATTN_OUT, Role.MLP_UP, Role.MLP_DOWN)
+"""Of a block's units, in the order in which it computes them."""
+
 FormatMix = tuple[Mapping[Role, Format], ...]
 """For each block, the format of its linear layers by role."""
 
@@ -107,8 +110,8 @@ def load_sensitivities(path: Path) -> Sensitivities:
     if found.version != VERSION:
         raise SensitivityError(path, f"is of version {found.version}; this reads {VERSION}")
     seen = [(unit.layer, unit.role) for unit in found.units]
-    block = (Role.QKV, Role.ATTN_OUT, Role.MLP_UP, Role.MLP_DOWN)
-    if not seen or seen != [(i, role) for i in range(len(seen) // len(block)) for role in block]:
+    blocks = range(len(seen) // len(BLOCK_ROLES))
+    if not seen or seen != [(i, role) for i in blocks for role in BLOCK_ROLES]:
         raise SensitivityError(path, "does not hold the units of whole blocks, in their order")
     for unit in found.units:
         missing = [str(fmt) for fmt in MIX_FORMATS if fmt not in unit.formats]
