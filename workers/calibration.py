@@ -56,8 +56,18 @@ class Calibration:
     @property
     def digest(self) -> str:
         """SHA-256 of the samples."""
-        text = ";".join(",".join(map(str, sample)) for sample in self.samples)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return samples_digest(self.samples)
+
+    @property
+    def identity(self) -> str:
+        """The same for the same calibration."""
+        return f"{self.digest}, damping {self.damping:g}, act-order {self.act_order}"
+
+
+def samples_digest(samples: Sequence[Sequence[int]]) -> str:
+    """SHA-256 of token ids."""
+    text = ";".join(",".join(map(str, sample)) for sample in samples)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class CalibratedRounding:

@@ -72,6 +72,8 @@ class Sensitivities:
     """How `int4` and `int3` were rounded: "rtn", "hqq" or "gptq"."""
     group_size: int | None
     """As in `QuantizeJob`."""
+    calibration: str | None = None
+    """What gptq rounded for; see `Calibration.identity`."""
     base_loss: float
     """Mean negative log-likelihood of the text's tokens by the model as it was, in nats."""
     units: tuple[UnitSensitivity, ...]
