@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.hub import parse_hub_name
 from tightfit.cluster.settings import Option, Values, build, read_file
 from tightfit.kernels.formats import SUPPORTED_FORMATS, KVFormat
@@ -198,9 +199,40 @@ class QuantizeConfig:
 
     model: Annotated[str, Option("Checkpoint directory, GGUF file, or hub name (org/name).")]
     out: Annotated[str, Option("Directory to write; what an interrupted run left is kept.")]
-    format: Annotated[str, Option("Of the layers' weights.", choices=("int8", "int4", "int3"))] = (
-        "int4"
-    )
+    format: Annotated[
+        str | None,
+        Option("Of the layers' weights; default: int4.", choices=("int8", "int4", "int3")),
+    ] = None
+    budget: Annotated[
+        float | None,
+        Option(
+            "Instead of one format the best mix of int3, int4 and int8 within so many bits per "
+            "weight, scales and zero points included; by the sensitivities of the layers.",
+            at_least=0,
+        ),
+    ] = None
+    sensitivity: Annotated[
+        str | None,
+        Option(
+            "File of sensitivities that budget goes by; default: sensitivity.json in OUT, which is "
+            "measured first if there is none."
+        ),
+    ] = None
+    measure: Annotated[
+        bool,
+        Option(
+            "Write sensitivity.json in OUT, what each layer loses in each format, and no "
+            "checkpoint."
+        ),
+    ] = False
+    measure_tokens: Annotated[
+        int,
+        Option(
+            "Tokens at the end of the calibration text that sensitivities are measured on; gptq "
+            "does not see them.",
+            at_least=2,
+        ),
+    ] = 1024
     group_size: Annotated[
         str,
         Option(
@@ -219,7 +251,8 @@ class QuantizeConfig:
         ),
     ] = AUTO
     calibration: Annotated[
-        str | None, Option("Text file like what the model will be used for; gptq needs it.")
+        str | None,
+        Option("Text file like what the model will be used for; gptq and measuring need it."),
     ] = None
     samples: Annotated[int, Option("Pieces of the text that gptq takes.", at_least=1)] = 128
     sample_tokens: Annotated[
@@ -240,6 +273,33 @@ class QuantizeConfig:
     act_order: Annotated[bool, Option("gptq rounds the input features that matter most first.")] = (
         True
     )
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError where settings do not go together."""
+        for name, other, remedy in (
+            ("budget", "format", "give one of them"),
+            ("budget", "measure", "leave measure out: what is missing is measured first"),
+            ("measure", "format", "leave format out: all formats are measured"),
+            ("measure", "sensitivity", "leave sensitivity out: it is what is measured"),
+        ):
+            if self._has(name) and self._has(other):
+                raise ConfigError(
+                    f"quantize.{name} and quantize.{other} exclude each other: {remedy}"
+                )
+        if self.sensitivity is not None and self.budget is None:
+            raise ConfigError("quantize.sensitivity is for quantize.budget, which is missing")
+        if self.measure and self.calibration is None:
+            raise ConfigError(
+                "quantize.calibration is missing: sensitivities are measured on the end of a text"
+            )
+
+    def _has(self, name: str) -> bool:
+        return getattr(self, name) not in (None, False)
+
+    @property
+    def uniform_format(self) -> str:
+        """Of all layers, where there is no budget."""
+        return self.format or "int4"
 
     @property
     def group_features(self) -> int | None:

@@ -36,6 +36,7 @@ from tightfit.cluster.scheduling.batching import Scheduler, SchedulerConfig
 from tightfit.cluster.tokenizer import Tokenizer, load_tokenizer
 from tightfit.workers.api import LoadProgress, StageSpec, StageStatus
 from tightfit.workers.model_formats import ModelFormats, model_formats
+from tightfit.workers.shard_bytes import format_label
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +187,7 @@ def make_engine(
             num_layers=model.config.num_layers,
             vocab_size=model.config.vocab_size,
             max_context_tokens=scheduler.config.max_context,
-            weight_format=replica.statuses[0].format,
+            weight_format=format_label(model.config, chosen_formats(config, model)),
             eos_token_ids=eos,
             num_stages=config.stages,
         ),
@@ -260,9 +261,10 @@ class LostStage:
 def _announce(config: ServeConfig, model: ModelDescription) -> None:
     formats = chosen_formats(config, model)
     keys = "" if formats.kv == formats.activations else f" with keys and values in {formats.kv}"
+    fmt = format_label(model.config, formats)
     print(
         f"{config.model_name}: {model.config.family}, {model.config.num_layers} layers, from "
-        f"{model.source_format}, as {formats.layers}{keys} on {config.stages} stage(s)",
+        f"{model.source_format}, as {fmt}{keys} on {config.stages} stage(s)",
         file=sys.stderr,
     )
     for note in model.config.notes:

@@ -215,6 +215,7 @@ class StageStatus:
     first_layer: int
     end_layer: int
     format: str
+    """As `shard_bytes.format_label` says."""
     kv_format: str
     device: str
     node_id: str

@@ -9,20 +9,15 @@ goes on from there.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import torch
 from torch import Tensor
 
-from tightfit.kernels.dispatch import Linear
-from tightfit.kernels.formats import Format
 from tightfit.kernels.gptq import (
     DAMPING,
     MAX_DAMPING,
@@ -31,23 +26,15 @@ from tightfit.kernels.gptq import (
     fit_grid,
     gptq,
 )
-from tightfit.kernels.groups import Quantized, pack_groups
-from tightfit.workers.api import MicroBatch, SequenceSlice, StageSpec
+from tightfit.kernels.groups import Quantized
+from tightfit.workers.blocks import ModelParts, OpenBlock, mapped_states
 from tightfit.workers.checkpoint import Checkpoint
-from tightfit.workers.decoder import LayerWeights
 from tightfit.workers.decoder_config import DecoderConfig
 from tightfit.workers.errors import CheckpointError
 from tightfit.workers.model_formats import Role, layer_roles
-from tightfit.workers.shard import ShardModel, qkv_rows
-
-BLOCK_SIZE: Final = 16
-FIELDS: Final = {
-    Role.QKV: "qkv",
-    Role.ATTN_OUT: "attn_out",
-    Role.MLP_UP: "mlp_up",
-    Role.MLP_DOWN: "mlp_down",
-}
-"""Of `LayerWeights`, in the order in which a block computes them."""
+from tightfit.workers.rounding import held_weight, round_weight
+from tightfit.workers.shard import qkv_rows
+from tightfit.workers.stored import StoredScheme
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,36 +56,18 @@ class Calibration:
     @property
     def digest(self) -> str:
         """SHA-256 of the samples."""
-        text = ";".join(",".join(map(str, sample)) for sample in self.samples)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-
-class _Seen(Exception):
-    """A layer has shown its input: what comes after it is not needed."""
-
-
-class _Watched(Linear):
-    """A dense linear layer that shows its inputs to `watcher` while there is one."""
-
-    __slots__ = ("watcher",)
-
-    def __init__(self, linear: Linear) -> None:
-        assert isinstance(linear.weight, Tensor)
-        shape = (linear.n_out, linear.n_in)
-        super().__init__(Format.FP32, linear.weight, linear.bias, shape=shape, device=linear.device)
-        self.watcher: Callable[[Tensor], object] | None = None
+        return samples_digest(self.samples)
 
     @property
-    def dense(self) -> Tensor:
-        """The weight [N, K], which may be changed."""
-        assert isinstance(self.weight, Tensor)
-        return self.weight
+    def identity(self) -> str:
+        """The same for the same calibration."""
+        return f"{self.digest}, damping {self.damping:g}, act-order {self.act_order}"
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.watcher is not None:
-            self.watcher(x)
-            raise _Seen
-        return super().__call__(x)
+
+def samples_digest(samples: Sequence[Sequence[int]]) -> str:
+    """SHA-256 of token ids."""
+    text = ";".join(",".join(map(str, sample)) for sample in samples)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class CalibratedRounding:
@@ -118,15 +87,17 @@ class CalibratedRounding:
         calibration: Calibration,
         directory: Path,
     ) -> None:
-        self._checkpoint, self._config, self._path = checkpoint, config, str(path)
+        self._config, self._path = config, str(path)
         self._calibration, self._directory = calibration, directory
+        self._parts = ModelParts(checkpoint, config, path, calibration.num_tokens)
 
     # -- hidden states -----------------------------------------------------------------------
 
     def has_states(self, layer: int) -> bool:
         """What goes into a block is there, whole."""
         path = self._states_path(layer)
-        return path.exists() and path.stat().st_size == self._states_bytes
+        wanted = 4 * torch.Size(self._states_shape).numel()
+        return path.exists() and path.stat().st_size == wanted
 
     def drop_states(self, before: int | None = None) -> None:
         """Remove the hidden states of the blocks before one, or all."""
@@ -141,21 +112,11 @@ class CalibratedRounding:
         calibration = self._calibration
         return (len(calibration.samples), calibration.num_tokens, self._config.hidden_size)
 
-    @property
-    def _states_bytes(self) -> int:
-        samples, tokens, width = self._states_shape
-        return 4 * samples * tokens * width
-
-    def _mapped(self, path: Path) -> Tensor:
-        """The file's fp32 [samples, tokens, hidden_size], in the page cache only."""
-        flat = torch.from_file(str(path), shared=True, size=self._states_bytes // 4)
-        return flat.view(self._states_shape)
-
-    def _write_states(self, layer: int, states: Iterator[Tensor]) -> None:
-        """All samples' states, whole or not at all; those of the block before go."""
+    def _write_states(self, layer: int, states: Iterable[Tensor]) -> None:
+        """All samples' states, whole or not at all."""
         path = self._states_path(layer)
         fresh = path.with_name(f"{path.name}.part")
-        target = self._mapped(fresh)
+        target = mapped_states(fresh, self._states_shape)
         for row, state in zip(target, states, strict=True):
             row.copy_(state)
         del target
@@ -163,30 +124,27 @@ class CalibratedRounding:
             os.fsync(file.fileno())
         os.replace(fresh, path)
 
+    def _inputs(self, layer: int) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """Every sample with a block's input [tokens, hidden_size], which may be overwritten."""
+        states = mapped_states(self._states_path(layer), self._states_shape)
+        for sample, state in zip(self._calibration.samples, states, strict=True):
+            yield sample, state.clone()
+
     # -- blocks ------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Make what goes into the first block."""
         with torch.inference_mode():
-            embedding = self._load(0, 0, stage=0)
-            self._write_states(
-                0, (embedding.forward(self._batch(s), None) for s in self._calibration.samples)
-            )
+            self._write_states(0, self._parts.embed(self._calibration.samples))
 
     def round_layer(
-        self,
-        layer: int,
-        *,
-        bits: int,
-        group_size: Callable[[int], int | None],
-        note: Callable[[str], None],
+        self, layer: int, schemes: Mapping[Role, StoredScheme], note: Callable[[str], None]
     ) -> dict[str, Quantized]:
         """Round one block and take the text through it.
 
         Args:
             layer: its number; its states are there.
-            bits: 4 or 3.
-            group_size: K → input features that share a scale; None: a whole channel.
+            schemes: how its linear layers are to be stored; 8 bits are rounded to nearest.
             note: called with what is being done.
         Returns:
             by the names of its linear layers, without prefix; scales in bf16.
@@ -194,84 +152,53 @@ class CalibratedRounding:
             CheckpointError: a layer's inputs are not finite.
         """
         with torch.inference_mode():
-            shard = self._load(layer, layer + 1, stage=1)
-            watched = self._watch(shard)
+            block = self._parts.block(layer)
             rounded: dict[str, Quantized] = {}
             for role, names in layer_roles(self._config, layer).items():
                 note(f"layer {layer}: {role}")
-                linear = watched[role]
-                size = group_size(linear.n_in)
-                whole = self._round(shard, layer, linear, names[0], bits=bits, group_size=size)
+                (whole,) = self.round_role(block, layer, role, [schemes[role]])
                 # What the stage will compute with, the rounding of scale and zero included.
-                linear.dense.copy_(pack_groups(whole).dequantize())
-                rounded.update(self._parts(role, names, whole))
-            if layer + 1 < self._config.num_layers:
-                note(f"layer {layer}: outputs")
-                inputs = self._inputs(layer)
-                outputs = (shard.forward(batch, state) for batch, state in inputs)
-                self._write_states(layer + 1, outputs)
+                block.linears[role].dense.copy_(held_weight(whole))
+                rounded.update(self._single(role, names, whole))
+            note(f"layer {layer}: outputs")
+            self.pass_on(block, layer)
         return rounded
 
-    def _load(self, first: int, end: int, *, stage: int) -> ShardModel:
-        spec = StageSpec(
-            model_path=self._path,
-            stage_index=stage,
-            num_stages=3,
-            first_layer=first,
-            end_layer=end,
-            format=Format.FP32,
-            block_size=BLOCK_SIZE,
-        )
-        shard = ShardModel.load(self._checkpoint, self._config, spec)
-        shard.allocate_kv(self._num_blocks)
-        return shard
+    def pass_on(self, block: OpenBlock, layer: int) -> None:
+        """Take the text through a block as it is now; after the last nothing is kept."""
+        if layer + 1 < self._config.num_layers:
+            outputs = (block(sample, state) for sample, state in self._inputs(layer))
+            self._write_states(layer + 1, outputs)
 
-    @property
-    def _num_blocks(self) -> int:
-        return -(-self._calibration.num_tokens // BLOCK_SIZE)
+    def round_role(
+        self, block: OpenBlock, layer: int, role: Role, schemes: Sequence[StoredScheme]
+    ) -> list[Quantized]:
+        """One linear layer, or several with the same input one below the other, rounded in some
+        ways for the inputs that the block as it is now gives it.
 
-    def _batch(self, sample: Sequence[int]) -> MicroBatch:
-        table = list(range(self._num_blocks))
-        part = SequenceSlice(
-            sequence_id=0, start_position=0, token_ids=list(sample), block_table=table
-        )
-        return MicroBatch(epoch=0, step=0, slices=[part])
-
-    def _watch(self, shard: ShardModel) -> dict[Role, _Watched]:
-        (block,) = shard.layers
-        watched = {role: _Watched(getattr(block.weights, FIELDS[role])) for role in FIELDS}
-        fields = {FIELDS[role]: linear for role, linear in watched.items()}
-        weights: LayerWeights = dataclasses.replace(block.weights, **fields)  # type: ignore[arg-type]
-        block.weights = weights
-        return watched
-
-    def _round(
-        self,
-        shard: ShardModel,
-        layer: int,
-        linear: _Watched,
-        name: str,
-        *,
-        bits: int,
-        group_size: int | None,
-    ) -> Quantized:
-        """One linear layer, or several with the same input, one below the other."""
+        Raises:
+            CheckpointError: its inputs are not finite.
+        """
+        weight = block.linears[role].dense
         try:
-            factor, importance, order = self._factor(shard, layer, linear)
-            scale, zero_point = fit_grid(
-                linear.dense, importance, bits=bits, group_size=group_size or linear.n_in
-            )
-            return gptq(linear.dense, factor, order, bits=bits, scale=scale, zero_point=zero_point)
+            if all(scheme.bits == 8 for scheme in schemes):
+                return [round_weight(weight, scheme) for scheme in schemes]
+            factor, importance, order = self._factor(block, layer, role)
+            return [
+                round_weight(weight, scheme)
+                if scheme.bits == 8
+                else _gptq(weight, scheme, factor, importance, order)
+                for scheme in schemes
+            ]
         except ValueError as error:
+            name = layer_roles(self._config, layer)[role][0]
             raise CheckpointError(self._path, name, str(error)) from error
 
-    def _factor(
-        self, shard: ShardModel, layer: int, linear: _Watched
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _factor(self, block: OpenBlock, layer: int, role: Role) -> tuple[Tensor, Tensor, Tensor]:
         """The Hessian's factor, its diagonal, and the order of features."""
         damping = self._calibration.damping
         while True:
-            hessian = self._hessian(shard, layer, linear)
+            hessian = block.hessian(role, self._inputs(layer))
             diagonal = hessian.diagonal().clone()
             try:
                 factor, order = factor_hessian(
@@ -284,23 +211,7 @@ class CalibratedRounding:
             else:
                 return factor, diagonal, order
 
-    def _hessian(self, shard: ShardModel, layer: int, linear: _Watched) -> Tensor:
-        """Σ xᵀ x [K, K] of the layer's inputs x over all samples."""
-        hessian = torch.zeros(linear.n_in, linear.n_in)
-        linear.watcher = lambda x: hessian.addmm_(x.t(), x)
-        for sample, state in self._inputs(layer):
-            with contextlib.suppress(_Seen):
-                shard.forward(sample, state)
-        linear.watcher = None
-        return hessian
-
-    def _inputs(self, layer: int) -> Iterator[tuple[MicroBatch, Tensor]]:
-        """Every sample with a block's input [tokens, hidden_size], which may be overwritten."""
-        states = self._mapped(self._states_path(layer))
-        for sample, state in zip(self._calibration.samples, states, strict=True):
-            yield self._batch(sample), state.clone()
-
-    def _parts(
+    def _single(
         self, role: Role, names: tuple[str, ...], whole: Quantized
     ) -> Iterator[tuple[str, Quantized]]:
         """The layers that lie one below the other in `whole`, as the checkpoint has them."""
@@ -313,3 +224,12 @@ class CalibratedRounding:
             end = first + shapes[name]
             yield name, whole.rows(torch.arange(first, end))
             first = end
+
+
+def _gptq(
+    weight: Tensor, scheme: StoredScheme, factor: Tensor, importance: Tensor, order: Tensor
+) -> Quantized:
+    scale, zero_point = fit_grid(
+        weight, importance, bits=scheme.bits, group_size=scheme.group_size or weight.shape[1]
+    )
+    return gptq(weight, factor, order, bits=scheme.bits, scale=scale, zero_point=zero_point)

@@ -12,10 +12,24 @@ from tightfit.workers.checkpoints.base import Checkpoint, Place
 from tightfit.workers.checkpoints.directory import DirectoryCheckpoint, read_index
 from tightfit.workers.checkpoints.safetensors import SafetensorsFile
 from tightfit.workers.checkpoints.torch_bin import TorchFile
-from tightfit.workers.decoder_config import DecoderConfig
+from tightfit.workers.decoder_config import DecoderConfig, decoder_config
 from tightfit.workers.errors import CheckpointError
 
-__all__ = ["Checkpoint", "Place", "find_prefix", "open_checkpoint"]
+__all__ = ["Checkpoint", "Place", "find_prefix", "open_checkpoint", "unquantized_config"]
+
+
+def unquantized_config(checkpoint: Checkpoint, path: str | Path) -> DecoderConfig:
+    """The model's configuration, if its weights are as they were trained.
+
+    Raises:
+        CheckpointError: they are quantised.
+        UnsupportedModelError: a family or setting that is not supported.
+    """
+    config = decoder_config(checkpoint.config)
+    if config.stored is not None:
+        problem = f"is quantised already, by {config.stored.method}; give the original"
+        raise CheckpointError(path, None, problem)
+    return config
 
 
 def find_prefix(checkpoint: Checkpoint, config: DecoderConfig, path: str | Path) -> str:

@@ -2,6 +2,7 @@
 
 WorkerError
 ├── CheckpointError         a file of the checkpoint, or a tensor in it, cannot be used
+├── SensitivityError        a file of sensitivities cannot be used
 ├── UnsupportedModelError   a family or setting that the decoder does not do
 ├── BudgetError             the shard does not fit its memory budget
 ├── LinkError               a neighbour sent nonsense, or takes nothing
@@ -31,6 +32,14 @@ class CheckpointError(WorkerError):
     def __reduce__(self) -> tuple[type[CheckpointError], tuple[str, str | None, str]]:
         """Cross process boundaries with all three arguments."""
         return CheckpointError, (self.path, self.tensor, self.problem)
+
+
+class SensitivityError(WorkerError):
+    """A file of sensitivities cannot be read, or belongs to something else."""
+
+    def __init__(self, path: Path | str, problem: str) -> None:
+        """`path`: the file; `problem`: and the remedy, if there is another than to measure anew."""
+        super().__init__(f"{path}: {problem}")
 
 
 class UnsupportedModelError(WorkerError):

@@ -10,6 +10,7 @@ from typing import Any
 
 from tightfit.workers.checkpoints.written import file_hash
 from tightfit.workers.errors import CheckpointError
+from tightfit.workers.sensitivity import FILE_NAME
 
 MANIFEST = "quantize.json"
 TEMPORARY = (".part", ".states")
@@ -61,7 +62,11 @@ class Manifest:
         path = self._directory / MANIFEST
         if not path.exists():
             present = self._directory.iterdir()
-            strange = sorted(file.name for file in present if file.suffix not in TEMPORARY)
+            strange = sorted(
+                file.name
+                for file in present
+                if file.suffix not in TEMPORARY and file.name != FILE_NAME
+            )
             if strange:
                 listed = ", ".join(strange[:3])
                 problem = f"is not empty ({listed}); choose another directory"
@@ -77,7 +82,7 @@ class Manifest:
             raise CheckpointError(
                 self._directory,
                 None,
-                "holds the beginning of another job (other model, format, group size, method or "
-                "calibration); choose another directory, or remove it",
+                "holds the beginning of another job (other model, format, mix, group size, method "
+                "or calibration); choose another directory, or remove it",
             )
         return files

@@ -3,28 +3,69 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
 
+from tightfit.kernels.formats import WEIGHT_BITS, Format, default_group_size
 from tightfit.workers.decoder_config import DecoderConfig, LinearShape
-from tightfit.workers.stored import REAL_ZERO_DTYPE, StoredScheme
+from tightfit.workers.model_formats import common_group_size
+from tightfit.workers.stored import REAL_ZERO_DTYPE, Packing, StoredScheme
+
+MIXED: Final = "mixed-precision"
+"""What compressed-tensors calls it where layers are packed in several ways."""
+
+
+def written_group_size(config: DecoderConfig, wanted: int | None, n_in: int) -> int | None:
+    """Input features that share a scale in a linear layer with `n_in` of them; None: all.
+
+    Args:
+        config: the model.
+        wanted: None: `common_group_size` of the model, else the default of each layer; 0: one
+            scale for each output channel.
+        n_in: K.
+    """
+    if wanted is None:
+        wanted = common_group_size(config) or default_group_size(n_in)
+    return wanted or None
+
+
+def written_scheme(fmt: Format, *, group_size: int | None, method: str) -> StoredScheme:
+    """How a linear layer is stored.
+
+    Args:
+        fmt: `int8`, `int4` or `int3`.
+        group_size: input features that share a scale in `int4` and `int3`; None: all of a channel.
+        method: by which those are rounded. HQQ's zero points are real with 4 bits, which is the
+            better for it; with 3 it is the worse.
+    """
+    if fmt not in WEIGHT_BITS:
+        return StoredScheme(packing=Packing.WORDS, bits=8, group_size=None, is_symmetric=True)
+    has_real_zero = method == "hqq" and fmt is Format.INT4
+    packing = Packing.DENSE_4 if has_real_zero else Packing.WORDS
+    return StoredScheme(
+        packing=Packing.DENSE_3 if fmt is Format.INT3 else packing,
+        bits=WEIGHT_BITS[fmt],
+        group_size=group_size,
+        has_real_zero=has_real_zero,
+    )
 
 
 def quantization_config(
-    config: DecoderConfig, scheme: Callable[[int], StoredScheme]
+    config: DecoderConfig, schemes: Mapping[str, StoredScheme]
 ) -> dict[str, Any]:
     """The section `quantization_config`: all linear layers of all blocks, and nothing else.
 
     Args:
         config: the model.
-        scheme: K → how a linear layer with K input features is stored.
+        schemes: how each of them is stored, by its name without prefix.
     """
     groups: dict[StoredScheme, list[str]] = {}
-    for name, n_in in _templates(config):
-        groups.setdefault(scheme(n_in), []).append(name)
+    for scheme, target in _targets(config, schemes):
+        groups.setdefault(scheme, []).append(target)
+    packings = {str(scheme.packing.value) for scheme in groups}
     return {
         "quant_method": "compressed-tensors",
-        "format": str(next(iter(groups)).packing.value),
+        "format": packings.pop() if len(packings) == 1 else MIXED,
         "quantization_status": "compressed",
         "ignore": ["lm_head"],
         "config_groups": {
@@ -33,12 +74,18 @@ def quantization_config(
     }
 
 
-def _templates(config: DecoderConfig) -> Iterator[tuple[str, int]]:
-    """A pattern for the names of each linear layer of a block, and its input features."""
+def _targets(
+    config: DecoderConfig, schemes: Mapping[str, StoredScheme]
+) -> Iterator[tuple[StoredScheme, str]]:
+    """Patterns for the names of linear layers that are stored alike: of all blocks, or of some."""
     n = config.names
-    names = (*n.qkv, n.attn_out, *n.mlp_up, n.mlp_down)
-    for name, linear in zip(names, config.layer_linears(0), strict=True):
-        yield f"re:.*{re.escape(name).replace(re.escape('{i}'), '[0-9]+')}$", linear.n_in
+    for name in (*n.qkv, n.attn_out, *n.mlp_up, n.mlp_down):
+        blocks: dict[StoredScheme, list[str]] = {}
+        for i in range(config.num_layers):
+            blocks.setdefault(schemes[name.format(i=i)], []).append(str(i))
+        for scheme, numbers in blocks.items():
+            number = "[0-9]+" if len(blocks) == 1 else f"({'|'.join(numbers)})"
+            yield scheme, f"re:.*{re.escape(name).replace(re.escape('{i}'), number)}$"
 
 
 def _config_group(scheme: StoredScheme, targets: list[str]) -> dict[str, Any]:

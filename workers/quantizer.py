@@ -18,21 +18,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tightfit.kernels.formats import WEIGHT_BITS, Format, default_group_size
-from tightfit.kernels.groups import INT8_MIDDLE, Quantized, round_to_nearest
-from tightfit.kernels.hqq import hqq
-from tightfit.kernels.weights import quantize_rows
+from tightfit.kernels.formats import WEIGHT_BITS, Format
+from tightfit.kernels.groups import Quantized
 from tightfit.workers.api import LoadProgress
 from tightfit.workers.calibration import CalibratedRounding, Calibration
-from tightfit.workers.checkpoint import Checkpoint, find_prefix, open_checkpoint
+from tightfit.workers.checkpoint import (
+    Checkpoint,
+    find_prefix,
+    open_checkpoint,
+    unquantized_config,
+)
 from tightfit.workers.checkpoints.written import stored_tensors, write_file
 from tightfit.workers.decoder_config import LinearShape, decoder_config
 from tightfit.workers.errors import CheckpointError
 from tightfit.workers.manifest import MANIFEST, Manifest, save_json
-from tightfit.workers.model_formats import common_group_size
-from tightfit.workers.quantized_config import quantization_config, stored_bits
+from tightfit.workers.quantized_config import (
+    quantization_config,
+    stored_bits,
+    written_group_size,
+    written_scheme,
+)
+from tightfit.workers.rounding import round_weight
 from tightfit.workers.sample_choice import choose_samples, mean_embeddings
-from tightfit.workers.stored import Packing, StoredScheme
+from tightfit.workers.sensitivity import FILE_NAME, FormatMix, Unit, model_units
+from tightfit.workers.stored import StoredScheme
 from tightfit.workers.tokenizer_files import convert
 
 __all__ = [
@@ -47,7 +56,7 @@ __all__ = [
 INDEX = "model.safetensors.index.json"
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 """Files beside the weights that a model needs, but for the config and indexes."""
-WEIGHT_INDEXES = (INDEX, "pytorch_model.bin.index.json", "config.json", MANIFEST)
+NOT_COPIED = (INDEX, "pytorch_model.bin.index.json", "config.json", MANIFEST, FILE_NAME)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +67,10 @@ class QuantizeJob:
     """Checkpoint directory or GGUF file, not quantised."""
     target: str
     """Directory; made if it is not there."""
-    format: str
-    """`int8`, `int4` or `int3`."""
+    format: str | None = None
+    """Of all blocks' linear layers: `int8`, `int4` or `int3`; None: `mix` says."""
+    mix: FormatMix | None = None
+    """Of each."""
     group_size: int | None = None
     """Input features that share a scale; None: `common_group_size` of the model, else
     the default of each layer; 0: one scale for each output channel."""
@@ -81,7 +92,9 @@ class QuantizeResult:
     written_bytes: int
     """Of all weight files."""
     bits_per_weight: float
-    """Of the blocks' linear layers, with scales and zero points."""
+    """Of the blocks' linear layers in the files, with scales and zero points."""
+    held_bits_per_weight: float
+    """The same in a stage's memory."""
     elapsed_s: float
 
 
@@ -155,11 +168,13 @@ class _Run:
     ) -> None:
         self._job, self._checkpoint, self._report = job, checkpoint, progress
         self._source, self._target = Path(job.source), Path(job.target)
-        self._config = decoder_config(checkpoint.config)
-        if self._config.stored is not None:
-            problem = f"is quantised already, by {self._config.stored.method}; give the original"
-            raise CheckpointError(self._source, None, problem)
+        self._config = unquantized_config(checkpoint, self._source)
         self._prefix = find_prefix(checkpoint, self._config, self._source)
+        self._mix = self._formats()
+        self._schemes = {
+            name: self._scheme(unit) for unit in model_units(self._config) for name in unit.names
+        }
+        """By the names of linear layers, without prefix."""
         pieces = tuple(self._all_pieces())
         self._named = {
             f"model-{number:05}-of-{len(pieces):05}.safetensors": piece
@@ -172,9 +187,21 @@ class _Run:
         self._done = 0
         self._started_s = time.monotonic()
 
+    def _formats(self) -> FormatMix:
+        job, num_layers = self._job, self._config.num_layers
+        if (job.format is None) == (job.mix is None):
+            raise CheckpointError(self._source, None, "wants one format, or else a mix of them")
+        if job.mix is None:
+            units = model_units(self._config)
+            return ({unit.role: Format(str(job.format)) for unit in units},) * num_layers
+        if len(job.mix) != num_layers:
+            problem = f"has {num_layers} layers, and the mix of formats is for {len(job.mix)}"
+            raise CheckpointError(self._source, None, problem)
+        return job.mix
+
     def _calibrated_rounding(self) -> CalibratedRounding | None:
         job = self._job
-        if job.method != "rtn" and Format(job.format) not in WEIGHT_BITS:
+        if job.method != "rtn" and job.format is not None and Format(job.format) not in WEIGHT_BITS:
             problem = f"{job.format} is rounded to nearest; {job.method} is for int4 and int3"
             raise CheckpointError(self._source, None, problem)
         if (job.method == "gptq") != (job.calibration is not None):
@@ -219,27 +246,12 @@ class _Run:
         names = [*piece.others, *(f"{linear.name}.weight" for linear in piece.linears)]
         return sum(self._checkpoint.nbytes(self._full(name)) for name in names)
 
-    def _scheme(self, n_in: int) -> StoredScheme:
-        fmt, size = Format(self._job.format), self._job.group_size
-        if fmt not in WEIGHT_BITS:
-            return StoredScheme(packing=Packing.WORDS, bits=8, group_size=None, is_symmetric=True)
-        if size is None:
-            size = common_group_size(self._config) or default_group_size(n_in)
-        return StoredScheme(
-            packing=self._packing(fmt),
-            bits=WEIGHT_BITS[fmt],
-            group_size=size or None,
-            has_real_zero=self._has_real_zero(fmt),
+    def _scheme(self, unit: Unit) -> StoredScheme:
+        return written_scheme(
+            self._mix[unit.layer][unit.role],
+            group_size=written_group_size(self._config, self._job.group_size, unit.n_in),
+            method=self._job.method,
         )
-
-    def _packing(self, fmt: Format) -> Packing:
-        if fmt is Format.INT3:
-            return Packing.DENSE_3
-        return Packing.DENSE_4 if self._has_real_zero(fmt) else Packing.WORDS
-
-    def _has_real_zero(self, fmt: Format) -> bool:
-        """With 4 bits HQQ is the better for it, with 3 the worse."""
-        return self._job.method == "hqq" and fmt is Format.INT4
 
     # -- doing it ----------------------------------------------------------------------------
 
@@ -288,6 +300,7 @@ class _Run:
         calibration = self._job.calibration
         return {
             "format": self._job.format,
+            "mix": None if self._job.mix is None else [dict(layer) for layer in self._job.mix],
             "group_size": self._job.group_size,
             "config": dict(self._checkpoint.config),
             "bytes": self._total,
@@ -316,7 +329,7 @@ class _Run:
             tensors[self._written(name)] = self._read(name).to(torch.bfloat16).contiguous()
         rounded = self._rounded(piece)
         for linear in piece.linears:
-            scheme = self._scheme(linear.n_in)
+            scheme = self._schemes[linear.name]
             weight = rounded.get(linear.name) or self._rounded_alone(linear, scheme)
             for suffix, tensor in stored_tensors(weight, scheme).items():
                 tensors[self._written(f"{linear.name}.{suffix}")] = tensor
@@ -326,18 +339,17 @@ class _Run:
         """A block's linear layers, rounded together for their inputs, if that is wanted."""
         if self._calibrated is None or piece.layer is None:
             return {}
-        return self._calibrated.round_layer(
-            piece.layer,
-            bits=WEIGHT_BITS[Format(self._job.format)],
-            group_size=lambda n_in: self._scheme(n_in).group_size,
-            note=self._note,
-        )
+        schemes = {
+            unit.role: self._schemes[unit.names[0]]
+            for unit in model_units(self._config)
+            if unit.layer == piece.layer
+        }
+        return self._calibrated.round_layer(piece.layer, schemes, self._note)
 
     def _rounded_alone(self, linear: LinearShape, scheme: StoredScheme) -> Quantized:
         try:
-            return _quantized(
-                self._read(f"{linear.name}.weight"), scheme, is_fitted=self._job.method == "hqq"
-            )
+            weight = self._read(f"{linear.name}.weight")
+            return round_weight(weight, scheme, is_fitted=self._job.method == "hqq")
         except ValueError as error:
             raise CheckpointError(self._source, linear.name, str(error)) from error
 
@@ -362,7 +374,7 @@ class _Run:
         if self._source.is_dir():
             for pattern in COPIED:
                 for file in self._source.glob(pattern):
-                    if file.name not in WEIGHT_INDEXES:
+                    if file.name not in NOT_COPIED:
                         shutil.copyfile(file, self._target / file.name)
             return
         with tempfile.TemporaryDirectory() as work:
@@ -384,41 +396,26 @@ class _Run:
     def _write_config(self) -> None:
         config = {
             **self._checkpoint.config,
-            "quantization_config": quantization_config(self._config, self._scheme),
+            "quantization_config": quantization_config(self._config, self._schemes),
         }
         config.pop("torch_dtype", None)
         save_json(self._target / "config.json", {**config, "dtype": "bfloat16"})
 
     def _result(self, resumed: int) -> QuantizeResult:
         linears = [linear for piece in self._named.values() for linear in piece.linears]
-        weights = sum(linear.n_out * linear.n_in for linear in linears)
-        bits = sum(stored_bits(self._scheme(linear.n_in), linear) for linear in linears)
+        units = model_units(self._config)
+        num_weights = sum(unit.num_weights for unit in units)
+        bits = sum(stored_bits(self._schemes[linear.name], linear) for linear in linears)
+        held = sum(
+            unit.nbytes(self._mix[unit.layer][unit.role], self._schemes[unit.names[0]].group_size)
+            for unit in units
+        )
         return QuantizeResult(
             num_layers=self._config.num_layers,
             resumed_files=resumed,
             source_bytes=self._total,
             written_bytes=self._written_bytes(),
-            bits_per_weight=bits / weights,
+            bits_per_weight=bits / num_weights,
+            held_bits_per_weight=8 * held / num_weights,
             elapsed_s=time.monotonic() - self._started_s,
         )
-
-
-def _quantized(weight: Tensor, scheme: StoredScheme, *, is_fitted: bool) -> Quantized:
-    if scheme.bits == 8:
-        rows = quantize_rows(weight)
-        integers = rows.values.view(torch.uint8).add(INT8_MIDDLE)
-        scale = rows.scale[:, None]
-        return Quantized(
-            bits=8,
-            integers=integers,
-            scale=scale,
-            zero_point=torch.full_like(scale, INT8_MIDDLE),
-        )
-    if is_fitted:
-        return hqq(
-            weight,
-            bits=scheme.bits,
-            group_size=scheme.group_size,
-            has_real_zero=scheme.has_real_zero,
-        )
-    return round_to_nearest(weight, bits=scheme.bits, group_size=scheme.group_size)

@@ -18,6 +18,7 @@ from tightfit.kernels.dispatch import (
     measure_crossover,
     quantize_linear,
 )
+from tightfit.kernels.formats import Format
 from tightfit.workers.api import MicroBatch, StageSpec
 from tightfit.workers.batch import BatchBuilder
 from tightfit.workers.checkpoint import Checkpoint
@@ -225,16 +226,18 @@ class ShardModel:
 
     def _set_crossovers(self) -> None:
         """Measure each kind of linear layer once, on all of its kind in turn: the weights then come
-        from memory, as they do in a step."""
-        kinds: dict[Role, list[Linear]] = {}
-        for (layer, kind), linear in self._linears.items():
-            is_measured = layer is not None or kind is Role.HEAD
-            if is_measured and linear.has_many_op and (layer, kind) not in self._shared:
-                kinds.setdefault(kind, []).append(linear)
-        for kind, alike in kinds.items():
-            self.crossover_tokens[str(kind)] = measure_crossover(*alike)
-            for linear in alike:
-                linear.crossover = self.crossover_tokens[str(kind)]
+        from memory, as they do in a step. Where the formats of a role differ, each is a kind."""
+        kinds: dict[Role, dict[Format, list[Linear]]] = {}
+        for (layer, role), linear in self._linears.items():
+            is_measured = layer is not None or role is Role.HEAD
+            if is_measured and linear.has_many_op and (layer, role) not in self._shared:
+                kinds.setdefault(role, {}).setdefault(linear.format, []).append(linear)
+        for role, formats in kinds.items():
+            for fmt, alike in formats.items():
+                kind = str(role) if len(formats) == 1 else f"{role}, {fmt}"
+                self.crossover_tokens[kind] = measure_crossover(*alike)
+                for linear in alike:
+                    linear.crossover = self.crossover_tokens[kind]
 
     # -- memory ------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tightfit.kernels.formats import (
     BYTES_PER_ELEMENT,
     KV_SCALE_BYTES,
+    Format,
     KVFormat,
     kv_vector_bytes,
     linear_bytes,
@@ -73,18 +74,40 @@ def layer_bytes(
     shared: Container[tuple[int, Role]] = (),
 ) -> int:
     """Weights of one layer, but for those that are `shared`: an earlier layer holds them."""
+    return 2 * _norm_bytes(config, formats) + sum(
+        _linear_bytes(formats, role, n_out, n_in, layer=layer, bias=bias)
+        for role, n_out, n_in, bias in _layer_shapes(config)
+        if (layer, role) not in shared
+    )
+
+
+def _layer_shapes(config: DecoderConfig) -> tuple[tuple[Role, int, int, bool], ...]:
+    """(role, N, K, has a bias) of a block's linear layers."""
     attn, hidden, mlp = config.num_heads * config.head_dim, config.hidden_size, config.mlp_bias
-    linears = (
+    return (
         (Role.QKV, config.qkv_out, hidden, config.qkv_bias),
         (Role.ATTN_OUT, hidden, attn, config.attn_out_bias),
         (Role.MLP_UP, config.mlp_up_out, hidden, mlp),
         (Role.MLP_DOWN, hidden, config.intermediate_size, mlp),
     )
-    return 2 * _norm_bytes(config, formats) + sum(
-        _linear_bytes(formats, role, n_out, n_in, layer=layer, bias=bias)
-        for role, n_out, n_in, bias in linears
-        if (layer, role) not in shared
-    )
+
+
+def format_label(
+    config: DecoderConfig, formats: ModelFormats, first_layer: int = 0, end_layer: int | None = None
+) -> str:
+    """How the linear layers of some blocks are held: "int4", or where formats differ
+    "int3/int4 mixed, 3.60 bits", of each weight, scales and zero points included."""
+    held: set[Format] = set()
+    num_bytes = num_weights = 0
+    for layer in range(first_layer, config.num_layers if end_layer is None else end_layer):
+        for role, n_out, n_in, _ in _layer_shapes(config):
+            held.add(formats.scheme(role, layer).format)
+            num_bytes += _linear_bytes(formats, role, n_out, n_in, layer=layer)
+            num_weights += n_out * n_in
+    if len(held) == 1:
+        return held.pop()
+    names = "/".join(fmt for fmt in reversed(Format) if fmt in held)
+    return f"{names} mixed, {8 * num_bytes / num_weights:.2f} bits"
 
 
 def table_bytes(config: DecoderConfig, formats: ModelFormats) -> int:

@@ -31,6 +31,7 @@ from tightfit.workers.sampler import sample, score
 from tightfit.workers.shard import ShardModel, spec_formats
 from tightfit.workers.shard_bytes import (
     MAX_LOGIT_ROWS,
+    format_label,
     kv_block_bytes,
     shard_bytes,
     workspace_bytes,
@@ -125,7 +126,7 @@ class Stage:
             total = weights + self._workspace + needed * per_block
             raise BudgetError(
                 f"stage {spec.stage_index} (layers {spec.first_layer}-{spec.end_layer - 1}, "
-                f"{self._formats.layers}) needs {total:,} bytes: {weights:,} for weights, "
+                f"{self._format_label}) needs {total:,} bytes: {weights:,} for weights, "
                 f"{self._workspace:,} for workspace, {needed * per_block:,} for {needed} KV "
                 f"block(s); its budget is {spec.memory_budget_bytes:,}. Give it more memory, "
                 f"add a stage, or choose a smaller format or kv_format"
@@ -151,6 +152,11 @@ class Stage:
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         resource.setrlimit(resource.RLIMIT_DATA, (mapped + budget + slack, hard))
 
+    @property
+    def _format_label(self) -> str:
+        spec = self.spec
+        return format_label(self.config, self._formats, spec.first_layer, spec.end_layer)
+
     def memory(self) -> StageMemory:
         """Predicted and measured bytes of this stage."""
         return StageMemory(
@@ -170,7 +176,7 @@ class Stage:
             stage_index=self.spec.stage_index,
             first_layer=self.spec.first_layer,
             end_layer=self.spec.end_layer,
-            format=str(self._formats.layers),
+            format=self._format_label,
             kv_format=str(self._formats.kv),
             device=self.spec.device,
             node_id=node_id,

@@ -11,9 +11,12 @@ import quantized_checkpoints
 import safetensors.torch
 import tiny_models
 import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 from shard_chain import Chain, part, random_tokens, tables
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+from tightfit.kernels.formats import Format
 from tightfit.kernels.groups import GroupWeight, pack_groups
 from tightfit.kernels.hqq import hqq
 from tightfit.workers.api import StageSpec
@@ -22,7 +25,9 @@ from tightfit.workers.checkpoints.written import file_hash
 from tightfit.workers.decoder_config import decoder_config
 from tightfit.workers.errors import CheckpointError
 from tightfit.workers.quantizer import QuantizeJob, quantize_checkpoint
+from tightfit.workers.sensitivity import BLOCK_ROLES, MIX_FORMATS
 from tightfit.workers.shard import ShardModel
+from tightfit.workers.shard_bytes import format_label, shard_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,6 +51,10 @@ def sources(tmp_path_factory):
 
 def _job(source, target, fmt="int4", **settings):
     return QuantizeJob(source=str(source), target=str(target), format=fmt, **settings)
+
+
+def _mix_job(source, target, mix=None, **settings):
+    return QuantizeJob(source=str(source), target=str(target), mix=mix or MIX, **settings)
 
 
 def _log_probs(path, fmt, num_stages=2):
@@ -124,6 +133,85 @@ def test_what_was_fitted_is_held_as_it_was(sources, tmp_path, fmt, bits, variant
     tokens = random_tokens(40, seed=2)
     exact, mine = (chain.log_probs([part(0, tables()[0], 0, tokens)]) for chain in (widened, held))
     assert (exact.exp() * (exact - mine)).sum(-1).mean() < 2e-3
+
+
+MIX = tuple(
+    {role: MIX_FORMATS[(i + j) % 3] for j, role in enumerate(BLOCK_ROLES)}
+    for i in range(tiny_models.LAYERS)
+)
+
+
+@pytest.mark.parametrize("method", ["rtn", "hqq"])
+@pytest.mark.parametrize("variant", ["llama", "bloom", "opt"])
+def test_of_a_mix_each_layer_is_what_it_is_in_a_checkpoint_of_its_format(
+    sources, tmp_path, variant, method
+):
+    settings = {"group_size": 16, "method": method}
+    result = quantize_checkpoint(_mix_job(sources(variant), tmp_path / "mix", **settings))
+    mixed = Chain(tmp_path / "mix", 2, "auto")
+    alone = {}
+    for fmt in FORMATS:
+        one = {**settings, "method": "rtn"} if fmt == "int8" else settings
+        quantize_checkpoint(_job(sources(variant), tmp_path / fmt, fmt, **one))
+        alone[fmt] = [w for shard in Chain(tmp_path / fmt, 2, "auto").shards for w in shard.layers]
+    layers = [layer for shard in mixed.shards for layer in shard.layers]
+    for i, layer in enumerate(layers):
+        for role in BLOCK_ROLES:
+            fmt = MIX[i][role]
+            held = getattr(layer.weights, role)
+            assert held.format is fmt
+            same = getattr(alone[fmt][i].weights, role).weight
+            for name in ("values", "scale", "packed", "scale_zero"):
+                if hasattr(same, name):
+                    assert torch.equal(getattr(held.weight, name), getattr(same, name))
+    for shard, (first, end) in zip(mixed.shards, ((0, 2), (2, 5)), strict=True):
+        predicted = shard_bytes(
+            mixed.config, shard.formats, first, end, has_embedding=first == 0, has_head=first > 0
+        )
+        assert shard.weight_bytes == predicted
+    label = format_label(mixed.config, mixed.shards[0].formats)
+    assert label == f"int3/int4/int8 mixed, {result.held_bits_per_weight:.2f} bits"
+
+
+@pytest.mark.parametrize("variant", ["llama", "bloom", "opt"])
+def test_the_compressed_tensors_package_reads_a_mix_without_int3(sources, tmp_path, variant):
+    """Layer by layer: transformers 5.23 itself takes all layers to be packed as the first is."""
+    swapped = {Format.INT3: Format.INT4}
+    mix = tuple({r: swapped.get(f, f) for r, f in layer.items()} for layer in MIX)
+    quantize_checkpoint(_mix_job(sources(variant), tmp_path / "out", mix, group_size=16))
+    section = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    model = AutoModelForCausalLM.from_pretrained(sources(variant))
+    apply_quantization_config(model, QuantizationConfig.model_validate(section))
+    tensors = {}
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        tensors.update(safetensors.torch.load_file(file))
+    chain = Chain(tmp_path / "out", 1, "fp32")
+    names = chain.config.names
+    bits = set()
+    for i, layer in enumerate(chain.shards[0].layers):
+        module = names.prefixes[0] + names.mlp_down.format(i=i)
+        scheme = model.get_submodule(module).quantization_scheme
+        bits.add(scheme.weights.num_bits)
+        packed = {
+            name.removeprefix(f"{module}."): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(f"{module}.weight")
+        }
+        theirs = BaseCompressor.get_value_from_registry(scheme.format).decompress(packed, scheme)
+        # They widen to bf16.
+        torch.testing.assert_close(
+            layer.weights.mlp_down.weight, theirs["weight"].float(), atol=1e-6, rtol=2**-8
+        )
+    assert bits == {4, 8}
+
+
+def test_a_mix_of_one_format_is_written_as_that_format_is(sources, tmp_path):
+    quantize_checkpoint(_job(sources(), tmp_path / "one", "int4"))
+    mix = ({role: Format.INT4 for role in BLOCK_ROLES},) * tiny_models.LAYERS
+    quantize_checkpoint(_mix_job(sources(), tmp_path / "mix", mix))
+    assert _hashes(tmp_path / "mix") == _hashes(tmp_path / "one")
+    configs = [(tmp_path / name / "config.json").read_text() for name in ("mix", "one")]
+    assert configs[0] == configs[1]
 
 
 def test_a_zero_point_that_is_not_finite_is_named(sources, tmp_path):
@@ -231,6 +319,13 @@ def test_the_beginning_of_another_job_is_not_gone_on_with(sources, tmp_path, cha
     assert _hashes(tmp_path / "out") == before
 
 
+def test_the_beginning_of_another_mix_is_not_gone_on_with(sources, tmp_path):
+    quantize_checkpoint(_mix_job(sources(), tmp_path / "out"))
+    assert quantize_checkpoint(_mix_job(sources(), tmp_path / "out")).resumed_files == FILES
+    with pytest.raises(CheckpointError, match="holds the beginning of another job"):
+        quantize_checkpoint(_mix_job(sources(), tmp_path / "out", (*MIX[1:], MIX[0])))
+
+
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"identity": 1, "files": 2}'])
 def test_a_damaged_manifest_is_named(sources, tmp_path, content):
     (tmp_path / "quantize.json").write_text(content)
@@ -246,6 +341,10 @@ def test_what_cannot_be_quantised_is_refused_before_anything_is_written(sources,
         quantize_checkpoint(_job(sources(), tmp_path / "out", group_size=36))
     with pytest.raises(CheckpointError, match="int8 is rounded to nearest; hqq is for int4 and"):
         quantize_checkpoint(_job(sources(), tmp_path / "out", "int8", method="hqq"))
+    with pytest.raises(CheckpointError, match="has 5 layers, and the mix of formats is for 4"):
+        quantize_checkpoint(_mix_job(sources(), tmp_path / "out", MIX[1:]))
+    with pytest.raises(CheckpointError, match="wants one format, or else a mix of them"):
+        quantize_checkpoint(_mix_job(sources(), tmp_path / "out", format="int4"))
     with pytest.raises(CheckpointError, match="gptq needs samples to calibrate with"):
         quantize_checkpoint(_job(sources(), tmp_path / "out", method="gptq"))
     with pytest.raises(CheckpointError, match="is the source; choose another directory"):

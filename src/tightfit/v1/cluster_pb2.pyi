@@ -122,7 +122,7 @@ class Stage(_message.Message):
     end_layer: _builtins.int
     """One past the last layer held."""
     format: _builtins.str
-    """How its linear layers are stored."""
+    """How its linear layers are stored, as `GetModelResponse.weight_format`."""
     device: _builtins.str
     """torch device name."""
     node_id: _builtins.str
@@ -312,7 +312,7 @@ class PlannedStage(_message.Message):
     end_layer: _builtins.int
     """One past the last layer held."""
     format: _builtins.str
-    """How its linear layers are stored."""
+    """How its linear layers are stored, as `GetModelResponse.weight_format`."""
     weight_bytes: _builtins.int
     """Weights as predicted, in bytes."""
     def __init__(

@@ -581,7 +581,9 @@ class GetModelResponse(_message.Message):
     max_context_tokens: _builtins.int
     """Prompt and output together, at most, in tokens."""
     weight_format: _builtins.str
-    """How linear layers are stored: "fp32", "bf16", "int8", "llm_int8", "int4" or "int3"."""
+    """How linear layers are stored: "fp32", "bf16", "int8", "llm_int8", "int4" or "int3"; in several
+    formats, which and how many bits a weight has, such as "int3/int4 mixed, 3.60 bits".
+    """
     num_stages: _builtins.int
     """Pipeline stages."""
     has_chat_template: _builtins.bool
