@@ -87,7 +87,10 @@ class ServeConfig:
             choices=("memory", "speed"),
         ),
     ] = "memory"
-    device: Annotated[str, Option("Kind of device of every stage.", choices=("cpu",))] = "cpu"
+    device: Annotated[
+        str,
+        Option("Kind of device of every stage; cuda: one GPU each.", choices=("cpu", "cuda")),
+    ] = "cpu"
     listen: Annotated[
         str,
         Option("host:port of the gRPC gateway; port 0 takes a free one.", check=split_address),

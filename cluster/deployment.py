@@ -68,6 +68,7 @@ def chosen_formats(config: ServeConfig, model: ModelDescription) -> ModelFormats
             head=config.head_format,
             kv=config.kv_format,
             embedding_place=config.embedding_place,
+            device=config.device,
         )
     except ValueError as error:
         raise ConfigError(f"head_format: {error}") from error
@@ -119,6 +120,7 @@ def ray_options(config: ServeConfig) -> RayOptions:
         address=config.ray_address,
         num_cpus=config.stages * config.threads_per_stage,
         threads_per_stage=config.threads_per_stage,
+        gpus_per_stage=1 if config.device == "cuda" else 0,
         strategy=config.ray_strategy,
         placement_timeout_s=config.placement_timeout_s,
     )

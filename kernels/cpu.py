@@ -12,7 +12,6 @@ torch's packed int8 op has no fast path for fp32 activations.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -20,12 +19,10 @@ from torch import Tensor
 
 from tightfit.kernels.formats import default_group_size
 from tightfit.kernels.groups import GroupWeight, Quantized, pack_groups, quantize_groups
+from tightfit.kernels.ops import Kernel
 from tightfit.kernels.packing import BLOCK_ROWS, Layout, pack_blocks
 from tightfit.kernels.reference import OUTLIER_THRESHOLD
 from tightfit.kernels.weights import INT8_MAX, Int8Weight
-
-Kernel = Callable[[Tensor], Tensor]
-"""x [T, K] → [T, N], in x's dtype."""
 
 PACKED_K_MULTIPLE: Final = 16
 PACKED_ALIGNMENT: Final = 32
@@ -43,16 +40,6 @@ PROBE_COLUMNS: Final = 32
 
 TINY: Final = 1e-30
 """Row maximum below which a row counts as zeros: its scale's reciprocal stays finite in fp32."""
-
-
-def bind_dense(weight: Tensor, bias: Tensor | None) -> Kernel:
-    """x · Wᵀ + b with the weight [N, K] as it is, in x's dtype."""
-    linear = torch.nn.functional.linear
-
-    def dense(x: Tensor) -> Tensor:
-        return linear(x, weight, bias)
-
-    return dense
 
 
 def bind_int8_packed(weight: Int8Weight, bias: Tensor | None) -> Kernel:

@@ -10,7 +10,7 @@ from typing import Final
 NEVER: Final = 2**62
 """A crossover that no number of tokens reaches."""
 
-CANDIDATES: Final = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+CANDIDATES: Final = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Numbers of tokens tried, in this order. One token always takes the few-token op."""
 
 CONFIRMATIONS: Final = 2

@@ -1,35 +1,26 @@
 """One linear layer, whatever its format: picks the op by device, format and number of tokens.
 
-Adding a format or a device is one entry in `OPS`; the decoder sees `Linear` only.
+Adding a format is one entry in `CPU_OPS` and one in `cuda.OPS`; the decoder sees `Linear` only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Generic, Protocol, TypeVar
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from tightfit.kernels import cpu
-from tightfit.kernels.cpu import Kernel
 from tightfit.kernels.crossover import MEASURE_LIMIT_S, NEVER, find_crossover
 from tightfit.kernels.formats import Format, activation_dtype
-from tightfit.kernels.groups import (
-    INT8_MIDDLE,
-    GroupWeight,
-    Quantized,
-    pack_groups,
-    quantize_groups,
-)
-from tightfit.kernels.weights import Int8Weight, quantize_rows
+from tightfit.kernels.groups import GroupWeight, Quantized, pack_groups, quantize_groups
+from tightfit.kernels.ops import Kernel, OpPair, PackedWeight, dense_ops, hold_int8, pack_int8
 
 __all__ = [
+    "CPU_OPS",
     "DTYPES",
     "NEVER",
-    "OPS",
     "Linear",
     "OpPair",
     "hold_linear",
@@ -44,72 +35,26 @@ OUTLIER_EVERY: Final = 512
 (arXiv 2208.07339, section 4.1: up to 7 of 4,096)."""
 
 
-class PackedWeight(Protocol):
-    """A weight in its final format: a tensor, or several with their scales."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all its tensors."""
-
-
-W = TypeVar("W", bound=PackedWeight)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OpPair(Generic[W]):
-    """How one format is packed and multiplied on one type of device."""
-
-    pack: Callable[[Tensor, int | None, str], W]
-    """(weight [N, K] of any floating dtype, group size, device name) → the packed weight, owning
-    its memory."""
-    hold: Callable[[Quantized], W] | None = None
-    """Weights that are quantised already, their numbers kept; None: this format has none."""
-    few: Callable[[W, Tensor | None], Kernel]
-    """(packed weight, bias) → the op for few tokens."""
-    many: Callable[[W, Tensor | None], Kernel] | None = None
-    """The same for many tokens; None when `few` is always best."""
-
-
-def _pack_dense(weight: Tensor, _: int | None, device: str, *, dtype: torch.dtype) -> Tensor:
-    return torch.empty(weight.shape, dtype=dtype, device=device).copy_(weight)
-
-
-def _pack_int8(weight: Tensor, _: int | None, device: str) -> Int8Weight:
-    return quantize_rows(weight, device=device)
-
-
 def _pack_int3(weight: Tensor, group_size: int | None, device: str) -> GroupWeight:
     return quantize_groups(weight, bits=3, group_size=group_size, device=device)
 
 
-def _hold_int8(weight: Quantized) -> Int8Weight:
-    """Raises ValueError unless the weight is symmetric, with one scale per output channel."""
-    if weight.scale.shape[1] != 1 or bool((weight.zero_point != INT8_MIDDLE).any()):
-        raise ValueError("int8 has one scale per output channel and no zero points")
-    values = weight.integers.sub(INT8_MIDDLE).view(torch.int8)
-    return Int8Weight(values=values, scale=weight.scale[:, 0].to(torch.bfloat16))
-
-
-OPS: Final[dict[tuple[str, Format], OpPair[Any]]] = {
-    ("cpu", Format.FP32): OpPair(
-        pack=partial(_pack_dense, dtype=torch.float32), few=cpu.bind_dense
+CPU_OPS: Final[dict[Format, OpPair[Any]]] = {
+    Format.FP32: dense_ops(torch.float32),
+    Format.BF16: dense_ops(torch.bfloat16),
+    Format.INT8: OpPair(
+        pack=pack_int8, hold=hold_int8, few=cpu.bind_int8_packed, many=cpu.bind_int8_dequantized
     ),
-    ("cpu", Format.BF16): OpPair(
-        pack=partial(_pack_dense, dtype=torch.bfloat16), few=cpu.bind_dense
+    Format.LLM_INT8: OpPair(
+        pack=pack_int8, hold=hold_int8, few=cpu.bind_int8_packed, many=cpu.bind_llm_int8
     ),
-    ("cpu", Format.INT8): OpPair(
-        pack=_pack_int8, hold=_hold_int8, few=cpu.bind_int8_packed, many=cpu.bind_int8_dequantized
-    ),
-    ("cpu", Format.LLM_INT8): OpPair(
-        pack=_pack_int8, hold=_hold_int8, few=cpu.bind_int8_packed, many=cpu.bind_llm_int8
-    ),
-    ("cpu", Format.INT4): OpPair(
+    Format.INT4: OpPair(
         pack=cpu.pack_int4,
         hold=cpu.hold_int4,
         few=cpu.bind_int4_packed,
         many=cpu.bind_dequantized,
     ),
-    ("cpu", Format.INT3): OpPair(pack=_pack_int3, hold=pack_groups, few=cpu.bind_dequantized),
+    Format.INT3: OpPair(pack=_pack_int3, hold=pack_groups, few=cpu.bind_dequantized),
 }
 
 
@@ -171,11 +116,13 @@ class Linear:
 
 def _ops(fmt: Format, device: str) -> OpPair[Any]:
     kind = device.partition(":")[0]
-    ops = OPS.get((kind, fmt))
-    if ops is None:
-        known = ", ".join(str(f) for d, f in OPS if d == kind) or "none"
-        raise ValueError(f"format {fmt} has no ops on device {kind}; there are: {known}")
-    return ops
+    if kind == "cuda":
+        from tightfit.kernels import cuda  # imports Triton, which a CPU host need not have
+
+        return cuda.OPS[fmt]
+    if kind != "cpu":
+        raise ValueError(f"format {fmt} has no ops on device {device}: there are cpu and cuda")
+    return CPU_OPS[fmt]
 
 
 def _ordered(kernel: Kernel, order: Tensor | None) -> Kernel:
@@ -235,7 +182,7 @@ def hold_linear(
         bias: [N] or None.
         fmt: `int8`, `llm_int8`, `int4` or `int3`, of as many bits.
         order: [K] whole numbers: column i of the weight belongs to input feature order[i].
-        device: torch device name; the weight is there.
+        device: torch device name.
     Raises:
         ValueError: the format cannot hold these numbers, or shapes that do not fit.
     """
@@ -243,7 +190,7 @@ def hold_linear(
     if ops.hold is None:
         raise ValueError(f"{fmt} holds no quantised numbers")
     index = None if order is None else order.to(device, torch.int32)
-    return Linear(fmt, ops.hold(weight), bias, shape=shape, order=index, device=device)
+    return Linear(fmt, ops.hold(weight.to(device)), bias, shape=shape, order=index, device=device)
 
 
 def measure_crossover(linear: Linear, *alike: Linear, limit_s: float = MEASURE_LIMIT_S) -> int:
@@ -272,6 +219,8 @@ def measure_crossover(linear: Linear, *alike: Linear, limit_s: float = MEASURE_L
         layer = layers[turn % len(layers)]
         turn += 1
         (layer._many if many else layer._few)(inputs[tokens])
+        if inputs[tokens].is_cuda:
+            torch.cuda.synchronize(inputs[tokens].device)
 
     with torch.inference_mode():
         return find_crossover(partial(run, many=False), partial(run, many=True), limit_s=limit_s)

@@ -74,11 +74,18 @@ def kv_vector_bytes(fmt: KVFormat, head_dim: int) -> int:
 
 
 def linear_bytes(
-    fmt: Format, n_out: int, n_in: int, *, group_size: int | None = None, bias: bool = False
+    fmt: Format,
+    n_out: int,
+    n_in: int,
+    *,
+    group_size: int | None = None,
+    bias: bool = False,
+    is_tiled: bool = False,
 ) -> int:
     """Bytes of one linear layer of weight [n_out, n_in] in `fmt`, scales and bias included.
 
-    `group_size` counts for `int4` and `int3`; None: `default_group_size`.
+    `group_size` counts for `int4` and `int3`; None: `default_group_size`. So does `is_tiled`: they
+    lie in whole tiles (`packing.Layout.TILES`), as on a GPU.
     """
     act = BYTES_PER_ELEMENT[activation_dtype(fmt)]
     total = n_out * act if bias else 0
@@ -86,7 +93,10 @@ def linear_bytes(
         return total + n_out * n_in * act
     if fmt in WEIGHT_BITS:
         bits = WEIGHT_BITS[fmt]
-        row = -(-n_in // VALUES_PER_PACK[bits]) * BYTES_PER_PACK[bits]
         num_groups = n_in // (group_size or default_group_size(n_in))
-        return total + n_out * (row + num_groups * 2 * act)
+        total += n_out * num_groups * 2 * act
+        if is_tiled:
+            tiles = -(-n_out // TILE_ROWS) * -(-n_in // TILE_FEATURES[bits])
+            return total + tiles * TILE_ROWS * TILE_FEATURES[bits] * bits // 8
+        return total + n_out * -(-n_in // VALUES_PER_PACK[bits]) * BYTES_PER_PACK[bits]
     return total + n_out * n_in + n_out * act

@@ -96,6 +96,15 @@ class Quantized:
     zero_point: Tensor
     """[N, G], of any dtype: whole numbers in [0, 2^bits), or after `hqq` any."""
 
+    def to(self, device: str) -> Quantized:
+        """The same on a device."""
+        return Quantized(
+            bits=self.bits,
+            integers=self.integers.to(device),
+            scale=self.scale.to(device),
+            zero_point=self.zero_point.to(device),
+        )
+
     def rows(self, index: Tensor) -> Quantized:
         """Some output features, in this order."""
         return Quantized(

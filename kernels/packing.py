@@ -99,10 +99,10 @@ def pack_tiles(integers: Tensor, *, bits: int) -> Tensor:
     fields = padded.view(padded.shape[0] // TILE_ROWS, TILE_ROWS, -1, features)
     fields = fields.transpose(1, 2)  # [row tiles, tiles, rows, features]
     if bits == 4:
-        halves = fields.unflatten(-1, (2, 2, TILE_PIECE))
+        halves = fields.reshape(*fields.shape[:-1], 2, 2, TILE_PIECE)
         pairs = halves[..., 0, :] | halves[..., 1, :] << 4  # bytes of features i and i + 1
         return pairs.transpose(-1, -2).contiguous().view(torch.int16).squeeze(-1)
-    fields = fields.unflatten(-1, (2, 4, TILE_PIECE))
+    fields = fields.reshape(*fields.shape[:-1], 2, 4, TILE_PIECE)
     shifts = torch.arange(4, dtype=torch.uint8, device=integers.device)[:, None]
     low = ((fields & 3) << (2 * shifts)).sum(-2, dtype=torch.uint8)
     top = ((fields >> 2) << shifts).sum(-2, dtype=torch.uint8)

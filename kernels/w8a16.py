@@ -277,7 +277,7 @@ def w8a16_linear(
         return y if bias is None else y + bias
     if not has_tensor_cores(x.device, capability) and n_tokens > 1:
         if n_tokens > MAX_TOKENS_ONE_BY_ONE:
-            return _dequantized_linear(x, weight, bias)
+            return dequantized_linear(x, weight, bias)
         return _launch(x, weight, bias, choose_tile(1, n_out, n_in))
     return _launch(x, weight, bias, choose_tile(n_tokens, n_out, n_in))
 
@@ -391,8 +391,8 @@ def _constants(tile: Tile, *, has_bias: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _dequantized_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
-    """A block of rows at a time, multiplied by torch."""
+def dequantized_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
+    """A block of rows at a time, multiplied by cuBLAS: for many tokens. See `w8a16_linear`."""
     n_out, n_in = weight.values.shape
     step = max(1, DEQUANTIZE_ELEMENTS // n_in)
     y = x.new_empty((x.shape[0], n_out))

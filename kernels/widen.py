@@ -115,17 +115,18 @@ def _fields3(column, top, half: tl.constexpr, DTYPE: tl.constexpr):  # type: ign
             is_pure=True, pack=4,
         )  # fmt: skip
     else:
-        code: tl.constexpr = W3_BF16_FIRST if half == 0 else W3_BF16_SECOND
+        bf16_code: tl.constexpr = W3_BF16_FIRST if half == 0 else W3_BF16_SECOND
         return tl.inline_asm_elementwise(
-            code, OUT8, [column, top], dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-            is_pure=True, pack=4,
+            bf16_code, OUT8, [column, top],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
         )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def fields(
-    column, top, half: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr
-):  # type: ignore[no-untyped-def]
+def fields(  # type: ignore[no-untyped-def]
+    column, top,
+    half: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
     """v of the four features of each column, of DTYPE (fp16 or bf16)."""
     if not PTX:
         return (

@@ -127,7 +127,7 @@ def _tile_ptrs(packed_ptr, rows, num_tiles, BITS: tl.constexpr):  # type: ignore
     return packed_ptr + starts[:, None] + columns[None, :]
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _load_scale(scale_zero_ptr, rows, piece, N, G, group_pieces):  # type: ignore[no-untyped-def]
     """Scale and zero of some rows [rows] fp32, of the group that holds 32 features; a word has both
     as bf16."""

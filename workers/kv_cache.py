@@ -62,6 +62,7 @@ class KVCache:
         num_layers, num_blocks, block_size, num_kv_heads, head_dim: sizes.
         dtype: in which keys and values come and are handed back.
         kv_format: how they lie here: in that dtype, or in int8.
+        device: torch device name.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         kv_format: KVFormat,
+        device: str = "cpu",
     ) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
         self._num_kv_heads, self._head_dim, self._dtype = num_kv_heads, head_dim, dtype
@@ -82,18 +84,24 @@ class KVCache:
         # survive.
         shape = (2 * num_kv_heads, num_blocks * block_size, head_dim)
         stored = torch.int8 if self._is_int8 else dtype
-        self._layers = [torch.zeros(shape, dtype=stored) for _ in range(num_layers)]
+        self._layers = [torch.zeros(shape, dtype=stored, device=device) for _ in range(num_layers)]
         self._keys = [layer[:num_kv_heads].unsqueeze(0) for layer in self._layers]
         self._values = [layer[num_kv_heads:].unsqueeze(0) for layer in self._layers]
         self._pieces = [layer.view(-1, block_size * head_dim) for layer in self._layers]
         self._scales = [
-            torch.zeros(shape[:2], dtype=SCALE_DTYPE) for _ in range(num_layers * self._is_int8)
+            torch.zeros(shape[:2], dtype=SCALE_DTYPE, device=device)
+            for _ in range(num_layers * self._is_int8)
         ]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all blocks, scales included."""
         return sum(tensor.nbytes for tensor in (*self._layers, *self._scales))
+
+    def storage(self, layer: int) -> tuple[Tensor, Tensor | None]:
+        """A layer's keys and values [2 · KV heads, slots, D], and their scales [2 · KV heads,
+        slots] in int8."""
+        return self._layers[layer], self._scales[layer] if self._is_int8 else None
 
     def write(self, layer: int, slots: Tensor, kv: Tensor) -> None:
         """Store keys and values.

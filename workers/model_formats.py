@@ -53,6 +53,8 @@ class ModelFormats:
     """Input features that share a scale in the blocks' layers; None: each layer has its default."""
     embedding_on_host: bool = False
     """The embedding's table takes nothing of its stage's memory."""
+    on_gpu: bool = False
+    """Weights of 4 and 3 bits lie as a GPU wants them."""
     stored: tuple[Mapping[Role, Scheme], ...] = ()
     """For each layer, what is held as the checkpoint has it; empty: nothing is."""
 
@@ -86,6 +88,7 @@ def model_formats(
     head: str = AUTO,
     kv: str = AUTO,
     embedding_place: str = "device",
+    device: str = "cpu",
 ) -> ModelFormats:
     """The formats that an operator asked for, for a model.
 
@@ -98,6 +101,7 @@ def model_formats(
             picks every token, and is small beside the layers of a large model.
         kv: a `KVFormat` of integers, or "auto": the activations' dtype.
         embedding_place: "device" or "host", as `StageSpec.embedding_place`.
+        device: torch device name, as `StageSpec.device`.
 
     Raises:
         ValueError: the head's format has activations of another dtype than the layers'.
@@ -111,6 +115,7 @@ def model_formats(
         kv=KVFormat(activation_dtype(fmt) if kv == AUTO else kv),
         group_size=common_group_size(config),
         embedding_on_host=embedding_place == "host",
+        on_gpu=device != "cpu",
         stored=stored,
     )
     if head == AUTO:

@@ -20,13 +20,14 @@ from tightfit.kernels.dispatch import (
 )
 from tightfit.kernels.formats import Format
 from tightfit.workers.api import MicroBatch, StageSpec
-from tightfit.workers.batch import BatchBuilder
+from tightfit.workers.batch import BatchBuilder, BatchInputs
 from tightfit.workers.checkpoint import Checkpoint
 from tightfit.workers.checkpoints.packed import StoredLinear
-from tightfit.workers.decoder import DecoderLayer, LayerWeights, NormLayer
+from tightfit.workers.decoder import DecoderLayer, LayerWeights, NormLayer, block_ops
 from tightfit.workers.decoder_config import DecoderConfig, Position
 from tightfit.workers.embedding import EmbeddingTable
 from tightfit.workers.errors import CheckpointError, StageError
+from tightfit.workers.gpu_graphs import DecodeGraphs
 from tightfit.workers.kv_cache import KVCache
 from tightfit.workers.model_formats import ModelFormats, Role, model_formats
 from tightfit.workers.shard_bytes import MAX_LOGIT_ROWS, head_is_shared
@@ -42,6 +43,7 @@ def spec_formats(config: DecoderConfig, spec: StageSpec) -> ModelFormats:
         head=spec.head_format,
         kv=spec.kv_format,
         embedding_place=spec.embedding_place,
+        device=spec.device,
     )
 
 
@@ -60,6 +62,7 @@ class ShardModel:
         self.config, self.spec = config, spec
         self.formats = spec_formats(config, spec)
         self.dtype = DTYPES[self.formats.activations]
+        self._ops = block_ops(config, spec.device, self.dtype)
         self.layers: list[DecoderLayer] = []
         self._linears: dict[tuple[int | None, Role], Linear] = {}
         self._shared: dict[tuple[int, Role], int] = {}
@@ -74,6 +77,7 @@ class ShardModel:
         self._shared_head: Tensor | None = None
         self._cache: KVCache | None = None
         self._builder: BatchBuilder | None = None
+        self._graphs: DecodeGraphs | None = None
 
     # -- loading -----------------------------------------------------------------------------
 
@@ -103,7 +107,9 @@ class ShardModel:
             for i in range(spec.first_layer, spec.end_layer):
                 reader.note(f"layer {i}")
                 shard.layers.append(
-                    DecoderLayer(config, shard._read_layer(reader, i), i - spec.first_layer)
+                    DecoderLayer(
+                        config, shard._read_layer(reader, i), i - spec.first_layer, shard._ops
+                    )
                 )
             if spec.is_last:
                 reader.note("head")
@@ -171,10 +177,10 @@ class ShardModel:
 
     def _norm(self, reader: ShardReader, name: str) -> NormLayer:
         tensors = {
-            full.rpartition(".")[2]: reader.read(full).to(self.dtype).clone()
+            full.rpartition(".")[2]: self._own(reader.read(full))
             for full, _ in self.config.norm_tensors(name)
         }
-        return NormLayer(self.config, tensors.get("weight"), tensors.get("bias"))
+        return self._ops.norm(tensors.get("weight"), tensors.get("bias"))
 
     def _read_layer(self, reader: ShardReader, i: int) -> LayerWeights:
         config, n = self.config, self.config.names
@@ -202,14 +208,16 @@ class ShardModel:
 
     def _table(self, reader: ShardReader, name: str) -> EmbeddingTable:
         tensor = reader.read(name)
-        if not (self.formats.embedding_on_host and reader.stays_in_file(name)):
+        if not self.formats.embedding_on_host:
             tensor = self._own(tensor)
+        elif not reader.stays_in_file(name):
+            tensor = self._own(tensor, "cpu")
         return EmbeddingTable(tensor, dtype=self.dtype, device=self.spec.device)
 
-    def _own(self, tensor: Tensor) -> Tensor:
-        own = torch.empty(tensor.shape, dtype=self.dtype)
-        own.copy_(tensor)
-        return own
+    def _own(self, tensor: Tensor, device: str | None = None) -> Tensor:
+        """A copy in the activations' dtype, on the shard's device if no other is given."""
+        device = self.spec.device if device is None else device
+        return torch.empty(tensor.shape, dtype=self.dtype, device=device).copy_(tensor)
 
     def _load_head(self, reader: ShardReader) -> None:
         config, n = self.config, self.config.names
@@ -261,7 +269,8 @@ class ShardModel:
         return self._cache.nbytes if self._cache is not None else 0
 
     def allocate_kv(self, num_blocks: int) -> None:
-        """Make the KV cache; an earlier one is forgotten."""
+        """Make the KV cache; an earlier one is forgotten. On a GPU decodes are captured as graphs,
+        too."""
         config = self.config
         self._cache = KVCache(
             num_layers=len(self.layers),
@@ -271,10 +280,27 @@ class ShardModel:
             head_dim=config.head_dim,
             dtype=self.dtype,
             kv_format=self.formats.kv,
+            device=self.spec.device,
         )
         self._builder = BatchBuilder(
-            config, dtype=self.dtype, block_size=self.spec.block_size, num_blocks=num_blocks
+            config,
+            dtype=self.dtype,
+            block_size=self.spec.block_size,
+            num_blocks=num_blocks,
+            device=self.spec.device,
         )
+        if self.spec.device.startswith("cuda"):
+            self._graphs = DecodeGraphs(
+                self._run_layers,
+                self._builder,
+                hidden_size=config.hidden_size,
+                dtype=self.dtype,
+                max_position=config.max_position,
+                max_tokens=self.spec.max_batch_tokens,
+                device=self.spec.device,
+            )
+            with torch.inference_mode():
+                self._graphs.capture()
 
     # -- computing ---------------------------------------------------------------------------
 
@@ -289,15 +315,21 @@ class ShardModel:
         Raises:
             StageError: the KV cache is not allocated, or a block table is wrong.
         """
-        if self._cache is None or self._builder is None:
+        if self._builder is None:
             raise StageError("the KV cache has not been allocated")
-        inputs = self._builder.build(batch)
+        numbers = self._builder.numbers(batch)
         if self._embedding is not None:
-            x = self._embed(inputs.token_ids, inputs.positions)
+            x = self._embed(numbers[0], numbers[1])
         elif hidden is not None:
             x = hidden
         else:
             raise StageError("a stage that is not the first needs hidden states")
+        if self._graphs is not None and self._graphs.takes(batch):
+            return self._graphs(batch, x, numbers[1:])
+        return self._run_layers(x, self._builder.build(batch, numbers))
+
+    def _run_layers(self, x: Tensor, inputs: BatchInputs) -> Tensor:
+        assert self._cache is not None
         for layer in self.layers:
             x = layer(x, inputs, self._cache)
         return x

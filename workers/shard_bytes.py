@@ -64,7 +64,14 @@ def _linear_bytes(
     bias: bool = False,
 ) -> int:
     scheme = formats.scheme(role, layer)
-    return linear_bytes(scheme.format, n_out, n_in, group_size=scheme.group_size, bias=bias)
+    return linear_bytes(
+        scheme.format,
+        n_out,
+        n_in,
+        group_size=scheme.group_size,
+        bias=bias,
+        is_tiled=formats.on_gpu,
+    )
 
 
 def layer_bytes(

@@ -40,11 +40,15 @@ from tightfit.workers.shared_weights import shared_linears
 
 log = logging.getLogger(__name__)
 
+GPU_RESERVE_BYTES = 512 * 2**20
+GPU_RESERVE_SHARE = 50
+"""Of a GPU's memory one part in so many is left free besides."""
+
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _raw(rows: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, shared with it."""
+    """The bytes of a contiguous tensor on the CPU, shared with it."""
     return memoryview(rows.view(torch.uint8).numpy().data).cast("B")
 
 
@@ -54,6 +58,13 @@ def rss_anon_bytes() -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     raise StageError("/proc/self/status has no RssAnon line; Linux 4.5 or later is needed")
+
+
+def free_gpu_bytes(device: str) -> int:
+    """What a stage may take of a GPU: what is free now, less a reserve for graphs, cuBLAS and the
+    allocator's fragments."""
+    free, total = torch.cuda.mem_get_info(device)
+    return free - GPU_RESERVE_BYTES - total // GPU_RESERVE_SHARE
 
 
 class Stage:
@@ -70,6 +81,9 @@ class Stage:
         self.spec = spec
         if spec.num_threads is not None:
             torch.set_num_threads(spec.num_threads)
+        self._budget = spec.memory_budget_bytes
+        if spec.device != "cpu" and self._budget is None:
+            self._budget = free_gpu_bytes(spec.device)
         base_rss = rss_anon_bytes()
         checkpoint = open_checkpoint(spec.model_path)
         try:
@@ -116,10 +130,10 @@ class Stage:
         """KV blocks that the budget leaves room for, or that were asked for."""
         spec, per_block = self.spec, self._kv_block_bytes()
         wanted = spec.num_kv_blocks or spec.max_kv_blocks
-        if spec.memory_budget_bytes is None:
+        if self._budget is None:
             return wanted
         weights = self._predicted + (self._host_bytes if spec.device == "cpu" else 0)
-        left = spec.memory_budget_bytes - weights - self._workspace
+        left = self._budget - weights - self._workspace
         possible = left // per_block
         needed = wanted if spec.num_kv_blocks else 1
         if possible < needed:
@@ -128,20 +142,28 @@ class Stage:
                 f"stage {spec.stage_index} (layers {spec.first_layer}-{spec.end_layer - 1}, "
                 f"{self._format_label}) needs {total:,} bytes: {weights:,} for weights, "
                 f"{self._workspace:,} for workspace, {needed * per_block:,} for {needed} KV "
-                f"block(s); its budget is {spec.memory_budget_bytes:,}. Give it more memory, "
+                f"block(s); its budget is {self._budget:,}. Give it more memory, "
                 f"add a stage, or choose a smaller format or kv_format"
             )
         return min(wanted, possible)
 
     def _limit_memory(self, num_blocks: int) -> None:
-        """On a CPU device, have the kernel refuse allocations far beyond the budget.
+        """Have allocations far beyond the budget refused: by torch on a GPU, else by the kernel.
 
-        The limit counts private writable mappings (RLIMIT_DATA), so that a leak fails here, in the
-        process that leaks, rather than by the host's OOM killer in another. One full-precision
-        layer and 300 MB for the allocator and threads are allowed on top while loading.
+        The kernel's limit counts private writable mappings (RLIMIT_DATA), so that a leak fails
+        here, in the process that leaks, rather than by the host's OOM killer in another. One
+        full-precision layer and 300 MB for the allocator and threads are allowed on top while
+        loading.
         """
-        budget = self.spec.memory_budget_bytes
-        if budget is None or self.spec.device != "cpu":
+        budget = self._budget
+        if budget is None:
+            return
+        if self.spec.device != "cpu":
+            slack = self.config.largest_layer_elements * 4
+            _, total = torch.cuda.mem_get_info(self.spec.device)
+            torch.cuda.set_per_process_memory_fraction(
+                min(1.0, (budget + slack) / total), self.spec.device
+            )
             return
         mapped = next(
             int(line.split()[1]) * 1024
@@ -165,7 +187,7 @@ class Stage:
             kv_cache_bytes=self.model.kv_cache_bytes,
             workspace_bytes=self._workspace,
             rss_anon_bytes=max(0, rss_anon_bytes() - self._base_rss),
-            budget_bytes=self.spec.memory_budget_bytes,
+            budget_bytes=self._budget,
             num_kv_blocks=self.num_kv_blocks,
             host_bytes=self._host_bytes,
         )
@@ -225,6 +247,7 @@ class Stage:
             hidden = self._rows(message, payload) if not self.spec.is_first else None
             rows = self.model.forward(batch, hidden)
             tokens, scores = self._finish(batch, rows) if self.spec.is_last else ([], [])
+            raw = b"" if self.spec.is_last else _raw(rows.cpu().contiguous())
         self._next_step += 1
         elapsed = time.perf_counter() - started
         self._busy_s += elapsed
@@ -237,7 +260,7 @@ class Stage:
         onward = StepMessage(
             batch=batch, hidden_size=rows.shape[1], dtype=self._dtype, forward_s=forward_s
         )
-        return onward, _raw(rows.contiguous())
+        return onward, raw
 
     def _rows(self, message: StepMessage, payload: memoryview) -> Tensor:
         """Hidden states [T, hidden_size] out of a message's second frame."""
@@ -255,7 +278,7 @@ class Stage:
             (message.batch.num_tokens, message.hidden_size), dtype=TORCH_DTYPES[message.dtype]
         )
         _raw(rows)[:] = payload
-        return rows
+        return rows.to(self.spec.device)
 
     def _finish(
         self, batch: MicroBatch, rows: Tensor

@@ -57,6 +57,9 @@ def test_tiles_come_back_as_they_were_packed_and_are_whole(n_out, n_in, bits, se
     assert packed.is_contiguous()
     rows, features = 64 * -(-n_out // 64), TILE_FEATURES[bits] * -(-n_in // TILE_FEATURES[bits])
     assert packed.nbytes * 8 == rows * features * bits
+    fmt = Format.INT4 if bits == 4 else Format.INT3
+    scales = 4 * n_out
+    assert linear_bytes(fmt, n_out, n_in, group_size=n_in, is_tiled=True) == packed.nbytes + scales
     back = unpack_tiles(packed, bits=bits, n_out=n_out, n_in=n_in)
     assert torch.equal(back, integers.to(back.dtype))
 

@@ -11,7 +11,7 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from tightfit.kernels.formats import KVFormat
 from tightfit.workers import batch
 from tightfit.workers.checkpoint import open_checkpoint
-from tightfit.workers.decoder import NormLayer
+from tightfit.workers.cpu_ops import CpuNorm
 from tightfit.workers.decoder_config import decoder_config
 from tightfit.workers.kv_cache import KVCache, gather_rows
 from tightfit.workers.positions import alibi_slopes
@@ -48,7 +48,7 @@ def test_rms_norm_is_as_exact_as_torchs(models, dtype, rows, outlier):
     x = x.to(dtype)
     weight = torch.randn(config.hidden_size, generator=generator).to(dtype)
     before = x.clone()
-    mine = NormLayer(config, weight, None)(x)
+    mine = CpuNorm(config, weight, None)(x)
     assert mine.dtype == dtype
     assert torch.equal(x, before)
     shape, eps = (config.hidden_size,), config.norm_eps
