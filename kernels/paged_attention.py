@@ -46,7 +46,7 @@ from tightfit.kernels.paged_tiles import (
     find_slots,
     load_scales,
 )
-from tightfit.kernels.w8a16 import has_tensor_cores
+from tightfit.kernels.w8a16 import TENSOR_CORE_CAPABILITY
 
 SUPPORTED_BLOCK_SIZES: Final = (8, 16, 32, 64)
 
@@ -90,8 +90,9 @@ def choose_tile(
         block_g = max(MIN_ROWS, int(triton.next_power_of_2(num_heads // num_kv_heads)))
         block_s, num_warps, num_stages = 64, 4, 2
         programs, wanted = num_decodes * num_kv_heads, MIN_PROGRAMS["grouped"]
-    steps = triton.cdiv(max_context, block_s)
-    splits = max(1, min(wanted // max(1, programs), steps // MIN_STEPS_PER_SPLIT))
+    steps = max(1, triton.cdiv(max_context, block_s))
+    splits = max(1, min(wanted // programs, steps // MIN_STEPS_PER_SPLIT))
+    splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # none without a step
     return Tile(
         block_g=block_g,
         block_s=block_s,
@@ -304,13 +305,24 @@ def paged_attention(
         "num_kv_heads": num_kv_heads, "head_dim": head_dim, "block_size": block_size,
         "softmax_scale": softmax_scale, "slopes": slopes,
     }  # fmt: skip
-    tensor_cores = has_tensor_cores(query.device, capability)
+    if capability is None:
+        capability = _capability(query.device)
+    tensor_cores = capability >= TENSOR_CORE_CAPABILITY
     if plan.num_decodes:
         _attend_decodes(query, cache, scales, plan, out, tensor_cores=tensor_cores, **sizes)
-    if plan.chunks:
-        attend_many = attend_chunks if tensor_cores else attend_chunks_by_torch
-        attend_many(query, cache, scales, plan, out, **sizes)
+    if plan.chunks and tensor_cores:
+        attend_chunks(query, cache, scales, plan, out, capability=capability, **sizes)
+    elif plan.chunks:
+        attend_chunks_by_torch(query, cache, scales, plan, out, **sizes)
     return out
+
+
+def _capability(device: torch.device) -> int:
+    """× 10; the interpreter can what the newest chips can."""
+    if device.type != "cuda":
+        return CAPABILITIES[-1]
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _attend_decodes(

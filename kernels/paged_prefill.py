@@ -4,7 +4,7 @@
 
 T tokens, H heads, H_kv KV heads, D head size, g = h // (H / H_kv), p the token's position. query
 and out [T, H · D] fp16 or bf16; the cache as in `paged_tiles`. A program takes a head and up to 64
-query tokens (a tile of the plan), walks over the keys in steps of 32 and keeps sums in fp32. Steps
+query tokens (a tile of the plan), walks over the keys in steps and keeps sums in fp32. Steps
 that all its rows see are not masked.
 
 Before capability 8.0 Triton has no tensor cores: there a sequence's keys and values are gathered
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tightfit.kernels.attention_plan import QUERIES_PER_TILE, AttentionPlan, Chunk
-from tightfit.kernels.compiled import Case
+from tightfit.kernels.compiled import CAPABILITIES, Case
 from tightfit.kernels.paged_tiles import (
     CASE_BLOCK_SIZE,
     CASE_HEAD_DIM,
@@ -47,8 +47,14 @@ class Tile:
     """Of the pipeline of loads."""
 
 
-TILE: Final = Tile(block_m=QUERIES_PER_TILE, block_s=32, num_warps=4, num_stages=2)
-"""The same for all shapes. Not measured yet."""
+LARGE_STEP_CAPABILITY: Final = 90
+"""From which on a step has 64 keys: before it, registers would spill."""
+
+
+def choose_tile(capability: int) -> Tile:
+    """By the chip's capability × 10; the same for all shapes. Not measured yet."""
+    block_s = 64 if capability >= LARGE_STEP_CAPABILITY else 32
+    return Tile(block_m=QUERIES_PER_TILE, block_s=block_s, num_warps=4, num_stages=2)
 
 
 @triton.jit(do_not_specialize=["stride_table"])  # type: ignore[untyped-decorator]
@@ -120,9 +126,11 @@ def attend_chunks(
     block_size: int,
     softmax_scale: float,
     slopes: Tensor | None,
+    capability: int,
 ) -> None:
     """The plan's chunks into their rows of out; arguments as `paged_attention` checked them."""
     num_heads = query.shape[1] // head_dim
+    tile = choose_tile(capability)
     # A pointer that is not read stands where one is wanted.
     _prefill_kernel[(plan.tiles.shape[0], num_heads)](
         query, cache, cache if scales is None else scales.view(torch.int16),
@@ -134,8 +142,8 @@ def attend_chunks(
         **cache_constants(
             head_dim, block_size, has_scales=scales is not None, has_slopes=slopes is not None
         ),
-        BLOCK_M=TILE.block_m, BLOCK_S=TILE.block_s,
-        num_warps=TILE.num_warps, num_stages=TILE.num_stages, enable_fp_fusion=True,
+        BLOCK_M=tile.block_m, BLOCK_S=tile.block_s,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -190,19 +198,25 @@ def _mask(
 
 def compile_cases() -> list[Case]:
     """Every variant that real layers launch."""
+    by_tile: dict[Tile, list[int]] = {}
+    for capability in CAPABILITIES:
+        by_tile.setdefault(choose_tile(capability), []).append(capability)
     return [
-        _case(dtype, is_int8=is_int8, has_slopes=has_slopes)
+        _case(dtype, tile, tuple(capabilities), is_int8=is_int8, has_slopes=has_slopes)
+        for tile, capabilities in by_tile.items()
         for dtype in ("fp16", "bf16")
         for is_int8 in (False, True)
         for has_slopes in (False, True)
     ]
 
 
-def _case(dtype: str, *, is_int8: bool, has_slopes: bool) -> Case:
+def _case(
+    dtype: str, tile: Tile, capabilities: tuple[int, ...], *, is_int8: bool, has_slopes: bool
+) -> Case:
     pointers = ("rows_ptr", "counts_ptr", "contexts_ptr", "tiles_ptr")
     integers = ("num_heads", "num_kv_heads", "num_slots", "stride_query", "stride_table")
     return Case(
-        name=f"paged_prefill {dtype}{' int8' * is_int8}{' alibi' * has_slopes}",
+        name=f"paged_prefill S={tile.block_s} {dtype}{' int8' * is_int8}{' alibi' * has_slopes}",
         kernel=_prefill_kernel,
         types=cache_types(dtype, is_int8=is_int8) | {
             **dict.fromkeys(pointers, "*i32"), "out_ptr": f"*{dtype}",
@@ -210,8 +224,9 @@ def _case(dtype: str, *, is_int8: bool, has_slopes: bool) -> Case:
         },
         constants=cache_constants(
             CASE_HEAD_DIM, CASE_BLOCK_SIZE, has_scales=is_int8, has_slopes=has_slopes
-        ) | {"BLOCK_M": TILE.block_m, "BLOCK_S": TILE.block_s},
-        num_warps=TILE.num_warps,
-        num_stages=TILE.num_stages,
+        ) | {"BLOCK_M": tile.block_m, "BLOCK_S": tile.block_s},
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
         unaligned=frozenset({"num_heads", "num_kv_heads", "stride_table"}),
+        capabilities=capabilities,
     )  # fmt: skip
