@@ -156,7 +156,7 @@ class _Run:
         self._job, self._checkpoint, self._report = job, checkpoint, progress
         self._source, self._target = Path(job.source), Path(job.target)
         self._config = decoder_config(checkpoint.config)
-        if self._config.stored is not None:
+        if self._config.stored is not None and not self._config.stored.is_read_widened:
             problem = f"is quantised already, by {self._config.stored.method}; give the original"
             raise CheckpointError(self._source, None, problem)
         self._prefix = find_prefix(checkpoint, self._config, self._source)
