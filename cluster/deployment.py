@@ -262,11 +262,12 @@ class LostStage:
 
 def _announce(config: ServeConfig, model: ModelDescription) -> None:
     formats = chosen_formats(config, model)
+    source = model.source_format + (", its numbers as stored" if formats.stored else "")
     keys = "" if formats.kv == formats.activations else f" with keys and values in {formats.kv}"
     fmt = format_label(model.config, formats)
     print(
         f"{config.model_name}: {model.config.family}, {model.config.num_layers} layers, from "
-        f"{model.source_format}, as {fmt}{keys} on {config.stages} stage(s)",
+        f"{source}, as {fmt}{keys} on {config.stages} stage(s)",
         file=sys.stderr,
     )
     for note in model.config.notes:

@@ -47,7 +47,7 @@ class GroupWeight:
     packed: Tensor
     """The integers; see the module's text."""
     scale_zero: Tensor
-    """[G, N, 2] bf16: scale (positive), then zero: the value of the middle integer."""
+    """[G, N, 2] bf16: scale (of either sign), then zero: the value of the middle integer."""
 
     @property
     def n_out(self) -> int:

@@ -26,7 +26,7 @@ def unquantized_config(checkpoint: Checkpoint, path: str | Path) -> DecoderConfi
         UnsupportedModelError: a family or setting that is not supported.
     """
     config = decoder_config(checkpoint.config)
-    if config.stored is not None:
+    if config.stored is not None and not config.stored.is_read_widened:
         problem = f"is quantised already, by {config.stored.method}; give the original"
         raise CheckpointError(path, None, problem)
     return config

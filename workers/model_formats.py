@@ -30,6 +30,9 @@ class Role(StrEnum):
     HEAD = "head"
 
 
+BLOCK_ROLES = (Role.QKV, Role.ATTN_OUT, Role.MLP_UP, Role.MLP_DOWN)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheme:
     """How one linear layer is stored."""
@@ -44,7 +47,9 @@ class ModelFormats:
     """The formats of a whole model."""
 
     layers: Format
-    """Of the blocks' linear layers; where the checkpoint's differ, of most."""
+    """Of the blocks' linear layers; where they differ, of most."""
+    anew: Format
+    """Of the blocks' linear layers that are not held as the checkpoint has them."""
     head: Format
     """Of the LM head."""
     kv: KVFormat
@@ -78,7 +83,9 @@ class ModelFormats:
             return self.stored[layer][role]
         if role is Role.HEAD:
             return Scheme(format=self.head)
-        return Scheme(format=self.layers, group_size=None if layer is None else self.group_size)
+        if layer is None:
+            return Scheme(format=self.layers)
+        return Scheme(format=self.anew, group_size=self.group_size)
 
 
 def model_formats(
@@ -94,9 +101,9 @@ def model_formats(
 
     Args:
         config: the model.
-        layers: a `Format`, or "auto": what the checkpoint is quantised to, else int8. Where it is
-            quantised to the format that is asked for, its numbers are held as they are; else they
-            are widened and quantised anew.
+        layers: a `Format`, or "auto": what the checkpoint is quantised to, layer by layer, else
+            int8. Where it is quantised to the format that is asked for, its numbers are held as
+            they are; else they are widened and quantised anew.
         head: a `Format`, or "auto": as the layers, but int8 where they have fewer bits. The head
             picks every token, and is small beside the layers of a large model.
         kv: a `KVFormat` of integers, or "auto": the activations' dtype.
@@ -107,11 +114,13 @@ def model_formats(
         ValueError: the head's format has activations of another dtype than the layers'.
     """
     stored = tuple(_stored_layer(config, i, layers) for i in range(config.num_layers))
-    fmt = _most_common(stored) if layers == AUTO else Format(layers)
+    anew = Format.INT8 if layers == AUTO else Format(layers)
+    fmt = _most_common(stored) if layers == AUTO else anew
     stored = stored if any(stored) else ()
     make = partial(
         ModelFormats,
         layers=fmt,
+        anew=anew,
         kv=KVFormat(activation_dtype(fmt) if kv == AUTO else kv),
         group_size=common_group_size(config),
         embedding_on_host=embedding_place == "host",
@@ -139,8 +148,13 @@ def common_group_size(config: DecoderConfig) -> int | None:
 
 
 def _most_common(stored: Iterable[Mapping[Role, Scheme]]) -> Format:
-    counts = Counter(scheme.format for layer in stored for scheme in layer.values())
-    return counts.most_common(1)[0][0] if counts else Format.INT8
+    """Of the blocks' linear layers, those that are not held being int8."""
+    counts = Counter(
+        layer[role].format if role in layer else Format.INT8
+        for layer in stored
+        for role in BLOCK_ROLES
+    )
+    return counts.most_common(1)[0][0]
 
 
 def layer_roles(config: DecoderConfig, i: int) -> dict[Role, tuple[str, ...]]:

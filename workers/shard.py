@@ -152,11 +152,12 @@ class ShardModel:
             biases = biases[rows]
         scheme = self.formats.scheme(role, layer)
         try:
-            weight = reader.weight(names)
+            is_held = self.formats.is_held(role, layer)
+            weight = reader.weight(names, held=is_held)
             if rows is not None:
                 weight = weight[rows] if isinstance(weight, Tensor) else weight.rows(rows)
             if isinstance(weight, StoredLinear):
-                if self.formats.is_held(role, layer):
+                if is_held:
                     return hold_linear(
                         weight.weight,
                         biases,

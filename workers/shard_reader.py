@@ -135,10 +135,12 @@ class ShardReader:
         assert stacked is not None
         return stacked
 
-    def weight(self, names: tuple[str, ...]) -> Tensor | StoredLinear:
+    def weight(self, names: tuple[str, ...], *, held: bool) -> Tensor | StoredLinear:
         """The weights of some linear layers, one below the other; quantised ones are widened if
-        they are not all quantised in one way."""
+        they are not all quantised in one way, or are not to be `held` and can be read widened."""
         schemes = [self._config.stored_scheme(name) for name in names]
+        if not held:
+            schemes = [None if some and some.is_read_widened else some for some in schemes]
         if not any(schemes):
             return self.stack([f"{name}.weight" for name in names])
         parts = [
@@ -155,6 +157,9 @@ class ShardReader:
 
     def _stored(self, name: str, scheme: StoredScheme) -> StoredLinear:
         n_out, n_in = self._shapes[name]
+        if scheme.is_read_widened:
+            blocks = {"weight_blocks": self.read(f"{name}.weight_blocks")}
+            return read_stored(blocks, scheme, n_out, n_in)
         tensors = {
             full.rpartition(".")[2]: self.read(full)
             for full, _ in scheme.tensors(name, n_out, n_in)

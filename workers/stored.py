@@ -2,10 +2,11 @@
 
 N output features, K input features, G groups. What `config.json` says under `quantization_config`
 becomes one `StoredScheme` for each linear layer; the tensors themselves are read by
-`checkpoints/packed.py`.
+`checkpoints/packed.py`. A GGUF file's config is ours, with the types of its tensors.
 
 Sources: compressed-tensors 0.20 (`pack-quantized`, `int-quantized`), AutoGPTQ and GPTQModel
-(`qweight`, `qzeros`, `scales`, `g_idx`), AutoAWQ (`gemm`), bitsandbytes (`SCB`).
+(`qweight`, `qzeros`, `scales`, `g_idx`), AutoAWQ (`gemm`), bitsandbytes (`SCB`), llama.cpp
+(`ggml-common.h`).
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ class Packing(Enum):
     """int32 words along N, transposed, the eight of a word in the order 0 2 4 6 1 3 5 7."""
     BITSANDBYTES = "bitsandbytes"
     """int8 values [N, K] with the largest magnitude of each row."""
+    GGUF = "gguf"
+    """llama.cpp's blocks of 32 values along K: a scale in fp16, without `is_symmetric` the value of
+    0 in fp16, then 16 bytes: byte j has value j in its low half and value 16 + j in its high one.
+    The checkpoint has them twice: `weight`, widened, and `weight_blocks`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +84,11 @@ class StoredScheme:
         return (*names, "weight") if is_bytes else tuple(names)
 
     @property
+    def is_read_widened(self) -> bool:
+        """The checkpoint gives the layer's weight in full precision, too."""
+        return self.packing is Packing.GGUF
+
+    @property
     def is_dense(self) -> bool:
         """It is one of our own layouts, whose zero points are not packed."""
         return self.packing in (Packing.DENSE_3, Packing.DENSE_4)
@@ -105,6 +115,8 @@ class StoredScheme:
     def _tensors(self, n_out: int, n_in: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         groups, per_word = self.num_groups(n_in), WORD_BITS // self.bits
         match self.packing:
+            case Packing.GGUF:
+                yield "weight", (n_out, n_in)
             case Packing.BITSANDBYTES:
                 yield from (("weight", (n_out, n_in)), ("SCB", (n_out,)))
             case Packing.GPTQ:
@@ -162,6 +174,11 @@ class StoredQuantization:
     ignores_parts: bool = False
     """`ignored` are parts of names, not whole ones (GPTQ, AWQ, bitsandbytes)."""
 
+    @property
+    def is_read_widened(self) -> bool:
+        """The checkpoint gives all weights in full precision, too."""
+        return all(rule.scheme.is_read_widened for rule in self.rules)
+
     def scheme(self, name: str) -> StoredScheme | None:
         """Of the linear layer of this name in the checkpoint; None: it is not quantised."""
         if self.ignores_parts:
@@ -198,6 +215,7 @@ def stored_quantization(config: Mapping[str, Any]) -> StoredQuantization | None:
         "gptq": _gptq,
         "awq": _awq,
         "bitsandbytes": _bitsandbytes,
+        "gguf": _gguf,
     }
     method = section.get("quant_method")
     if method not in readers:
@@ -337,3 +355,35 @@ def _bitsandbytes(section: Mapping[str, Any]) -> StoredQuantization:
         ignored=_names(section, "llm_int8_skip_modules") or ("lm_head",),
         ignores_parts=True,
     )
+
+
+GGUF_GROUP_SIZE = 32
+GGUF_SYMMETRIC = {"Q4_0": True, "Q4_1": False}
+"""The types whose numbers a format of ours holds, and whether they have no zero points."""
+
+
+def gguf_section(types: Mapping[str, str]) -> dict[str, Any]:
+    """What the config of a GGUF file says under `quantization_config`.
+
+    Args:
+        types: llama.cpp's name of the type, by the linear layer's name.
+    """
+    return {"quant_method": "gguf", "types": dict(types)}
+
+
+def _gguf(section: Mapping[str, Any]) -> StoredQuantization:
+    types = section.get("types")
+    if not isinstance(types, Mapping):
+        raise _unsupported("quant_method is 'gguf', but this is no GGUF file")
+    rules = []
+    for kind, is_symmetric in GGUF_SYMMETRIC.items():
+        scheme = StoredScheme(
+            packing=Packing.GGUF,
+            bits=4,
+            group_size=GGUF_GROUP_SIZE,
+            is_symmetric=is_symmetric,
+            has_real_zero=not is_symmetric,
+        )
+        targets = tuple(name for name, found in types.items() if found == kind)
+        rules.append(Rule(targets=targets, scheme=scheme))
+    return StoredQuantization(method="gguf", rules=tuple(rules))

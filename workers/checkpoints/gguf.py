@@ -1,6 +1,7 @@
 """One GGUF file (llama.cpp's) seen as a Hugging Face checkpoint.
 
-Quantised tensors are widened to fp32 when they are read.
+Quantised tensors are widened to fp32 when they are read. Where a format of ours holds the same
+numbers (`stored.GGUF_SYMMETRIC`), the config says so, and the blocks can be read as well.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
 from torch import Tensor
@@ -21,6 +23,7 @@ from tightfit.workers.checkpoints.base import DTYPE_NAMES, MappedFile, Place, ch
 from tightfit.workers.checkpoints.gguf_config import huggingface_config
 from tightfit.workers.checkpoints.gguf_header import TensorInfo, read_header
 from tightfit.workers.errors import CheckpointError
+from tightfit.workers.stored import GGUF_SYMMETRIC, gguf_section
 
 PLAIN: Final = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
 """Types that are read as they are."""
@@ -49,6 +52,9 @@ LAYER_NAMES: Final = {
 IGNORED: Final = frozenset({"rope_freqs.weight"})
 """Tensors that the config speaks for (see `gguf_config`)."""
 
+BLOCKS: Final = "_blocks"
+"""Behind a tensor's name: its bytes, uint8 [N, blocks of a row, bytes of a block]."""
+
 WIDEN_ELEMENTS: Final = 2**20
 """Elements widened at a time: bounds the scratch of numpy's intermediates to some 20 MB."""
 
@@ -68,26 +74,34 @@ class GGUFCheckpoint:
         self._path = path
         self._file: MappedFile | None = MappedFile(path)
         header = read_header(self._file)
-        self.config: Mapping[str, Any] = huggingface_config(path, header, self._rope_factors)
+        config = huggingface_config(path, header, self._rope_factors)
         self._tensors = {
             self._hf_name(name): info
             for name, info in header.tensors.items()
             if name not in IGNORED
         }
-        heads = int(self.config["num_attention_heads"])
-        kv_heads = int(self.config["num_key_value_heads"])
-        is_permuted = self.config["model_type"] == "llama"
+        types = {
+            name.removesuffix(".weight"): info.kind.name
+            for name, info in self._tensors.items()
+            if info.kind.name in GGUF_SYMMETRIC and name.startswith("model.layers.")
+        }
+        section = {"quantization_config": gguf_section(types)} if types else {}
+        self.config: Mapping[str, Any] = config | section
+        heads, kv_heads = int(config["num_attention_heads"]), int(config["num_key_value_heads"])
+        is_permuted = config["model_type"] == "llama"
         self._permuted_heads = {"q_proj": heads, "k_proj": kv_heads} if is_permuted else {}
 
     @property
     def source_format(self) -> str:
-        """The type of most of its elements, and that it is widened."""
+        """The type of most of its elements, and whether it has to be widened."""
         sizes: Counter[Kind] = Counter()
         for info in self._tensors.values():
             sizes[info.kind] += math.prod(info.shape)
         kind = sizes.most_common(1)[0][0] if sizes else Kind.F32
         if kind in PLAIN:
             return f"GGUF {DTYPE_NAMES[PLAIN[kind]]}"
+        if kind.name in GGUF_SYMMETRIC:
+            return f"GGUF {kind.name}"
         return f"GGUF {kind.name}, widened to fp32 before quantising"
 
     def _hf_name(self, name: str) -> str:
@@ -128,8 +142,8 @@ class GGUFCheckpoint:
         return DTYPE_NAMES[PLAIN[kind]] if kind in PLAIN else str(kind.name)
 
     def nbytes(self, name: str) -> int:
-        """See `Checkpoint`."""
-        return self._info(name).nbytes
+        """See `Checkpoint`; with `BLOCKS` behind the name, too."""
+        return self._info(name.removesuffix(BLOCKS)).nbytes
 
     def place(self, name: str) -> Place:
         """See `Checkpoint`."""
@@ -166,22 +180,33 @@ class GGUFCheckpoint:
         return heads
 
     def read(self, name: str) -> Tensor:
-        """See `Checkpoint`."""
+        """See `Checkpoint`; with `BLOCKS` behind the name, a tensor's bytes."""
+        is_packed = name.endswith(BLOCKS)
+        name = name.removesuffix(BLOCKS)
         info = self._info(name)
         self._check_kind(info)
         heads = self._check_heads(name, info)
-        tensor = self._widen(info)
+        tensor = self._packed(info) if is_packed else self._widen(info)
         if heads is None:
             return tensor
         # [heads, D / 2, 2] back to [heads, 2, D / 2]
         pairs = tensor.view(heads, info.shape[0] // heads // 2, 2, -1)
-        return pairs.transpose(1, 2).reshape(info.shape)
+        return pairs.transpose(1, 2).reshape(tensor.shape)
 
-    def _widen(self, info: TensorInfo) -> Tensor:
+    def _packed(self, info: TensorInfo) -> Tensor:
+        items, size = GGML_QUANT_SIZES[info.kind]
+        shape = (*info.shape[:-1], info.shape[-1] // items, size)
+        return self._mapped(info).tensor(info.offset, torch.uint8, shape)
+
+    def _mapped(self, info: TensorInfo) -> MappedFile:
         if self._file is None:
             raise CheckpointError(self._path, info.name, "was read after the file was closed")
+        return self._file
+
+    def _widen(self, info: TensorInfo) -> Tensor:
+        file = self._mapped(info)
         if info.kind in PLAIN:
-            return self._file.tensor(info.offset, PLAIN[info.kind], info.shape)
+            return file.tensor(info.offset, PLAIN[info.kind], info.shape)
         width = info.shape[-1]
         out = torch.empty(info.shape)
         flat = out.view(-1, width)
@@ -190,7 +215,7 @@ class GGUFCheckpoint:
         for first in range(0, flat.shape[0], step):
             rows = min(step, flat.shape[0] - first)
             packed = np.frombuffer(
-                self._file.buffer, np.uint8, rows * row_bytes, info.offset + first * row_bytes
+                file.buffer, np.uint8, rows * row_bytes, info.offset + first * row_bytes
             )
             wide = dequantize(packed.reshape(rows, row_bytes), info.kind)
             flat[first : first + rows] = torch.from_numpy(wide)

@@ -83,6 +83,8 @@ def read_stored(
         case Packing.BITSANDBYTES:
             scale = tensors["SCB"].float()[:, None] / BITSANDBYTES_MAX
             return _made(scheme, _from_signed(tensors["weight"]), scale, None)
+        case Packing.GGUF:
+            return _gguf_blocks(tensors["weight_blocks"], scheme)
         case _:
             return _compressed_tensors(tensors, scheme, n_out, n_in)
 
@@ -150,6 +152,24 @@ def _awq(tensors: Mapping[str, Tensor], scheme: StoredScheme) -> StoredLinear:
     integers = _in_awq_order(_unpacked(tensors["qweight"], scheme.bits))
     zero_point = _in_awq_order(_unpacked(tensors["qzeros"], scheme.bits))
     return _made(scheme, integers.t().contiguous(), tensors["scales"].t(), zero_point.t())
+
+
+def _gguf_blocks(blocks: Tensor, scheme: StoredScheme) -> StoredLinear:
+    """uint8 [N, G, bytes of a block]; see `Packing.GGUF`."""
+    header = 2 if scheme.is_symmetric else 4
+    numbers = blocks[..., :header].contiguous().view(torch.float16).float()
+    halves = blocks[..., header:]
+    integers = torch.cat((halves & 15, halves >> 4), -1)
+    if scheme.is_symmetric:
+        return _made(scheme, integers.flatten(1), numbers[..., 0], None)
+    scale, least = numbers.unbind(-1)
+    # A block of equal values has scale 0: the middle integer with a zero point that gives them.
+    is_flat = scale == 0
+    middle = 2 ** (scheme.bits - 1)
+    integers.masked_fill_(is_flat[..., None], middle)
+    scale = torch.where(is_flat, least.abs(), scale).masked_fill_(is_flat & (least == 0), 1.0)
+    zero_point = torch.where(is_flat, middle, 0) - least / scale
+    return _made(scheme, integers.flatten(1), scale, zero_point)
 
 
 def _in_awq_order(values: Tensor) -> Tensor:
