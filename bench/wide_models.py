@@ -1,4 +1,4 @@
-"""Checkpoints as wide as the 175B models, in which all layers name one stored block of random weights.
+"""Checkpoints as wide as the 175B models, whose layers all name one stored block of random weights.
 
 `torch.save` stores tensors that share memory once, so that 176 billion parameters of arithmetic
 take the disk and the memory of one block, the embedding and the head. The files are ordinary `.bin`
