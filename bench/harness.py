@@ -110,14 +110,22 @@ def free_port() -> int:
 class Service:
     """`tightfit serve` with `flags`, while the block runs; all it started has ended afterwards.
 
+    Args:
+        flags: of `tightfit serve`.
+        model: the checkpoint; default: SmolLM2-135M.
+        start_limit_s: how long it may take to be ready.
+
     Raises:
         SystemExit: it did not start; its last words are shown.
     """
 
-    def __init__(self, *flags: str) -> None:
+    def __init__(
+        self, *flags: str, model: Path | None = None, start_limit_s: float = START_LIMIT_S
+    ) -> None:
+        self._start_limit_s = start_limit_s
         self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 (closed in __exit__)
         self._command = [
-            sys.executable, "-m", "tightfit.cluster.cli", "serve", str(gguf()),
+            sys.executable, "-m", "tightfit.cluster.cli", "serve", str(model or gguf()),
             "--listen", f"127.0.0.1:{free_port()}", "--no-prefix-cache", *flags,
         ]  # fmt: skip
         self.target = self._command[self._command.index("--listen") + 1]
@@ -132,7 +140,7 @@ class Service:
             start_new_session=True,
             env={**os.environ, "PYTHONSAFEPATH": "1"},
         )
-        limit = threading.Timer(START_LIMIT_S, self._process.kill)
+        limit = threading.Timer(self._start_limit_s, self._process.kill)
         limit.start()
         try:
             self._wait_until_ready()
@@ -149,6 +157,11 @@ class Service:
         if not line.startswith("ready: "):
             self._errors.seek(0)
             raise SystemExit(f"{' '.join(self._command)} did not start:\n{self._errors.read()}")
+
+    @property
+    def pid(self) -> int:
+        """Of the service's process."""
+        return self._process.pid
 
     def __exit__(self, *_: object) -> None:
         process = self._process

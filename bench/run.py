@@ -91,7 +91,8 @@ def page(figures: dict[str, Any]) -> str:
     return f"""# Benchmarks
 
 Written by `make bench` (`bench/run.py`); do not edit. SmolLM2-135M-Instruct, {harness.THREADS}
-threads in all, CPU. Absolute figures are this machine's; the ratios carry over better.
+threads in all, CPU. Absolute figures are this machine's; the ratios carry over better. The shapes
+of the 175B models have [a page of their own](full-width.md).
 
 Machine: {figures["machine"]}.
 Load average of the last minute before the run: {figures["load_average"]} (0 is an idle machine;
