@@ -65,8 +65,9 @@ proto-check: $(READY) ## Fail when src/tightfit/v1 is not what protos/ generates
 bench: $(READY) ## Measure this machine: tokens per second beside transformers
 	$(BIN)/python bench/run.py
 
-quality: $(READY) ## Measure what each format costs in perplexity, and write docs/quality.md
+quality: $(READY) ## Measure what each format costs in perplexity, and write docs/quality.md and mixes.md
 	$(BIN)/python bench/quality.py
+	$(BIN)/python bench/mixes.py
 
 kernels: $(READY) ## Compile the GPU kernels for every chip, and write docs/kernels.md
 	$(BIN)/python tools/kernel_report.py --write

@@ -148,7 +148,8 @@ class _Measuring:
         self._config = unquantized_config(checkpoint, job.source)
         self._units = model_units(self._config)
         num_tokens = len(job.windows[0])
-        self._parts = ModelParts(checkpoint, self._config, job.source, num_tokens)
+        longest = max(num_tokens, job.calibration.num_tokens if job.calibration else 0)
+        self._parts = ModelParts(checkpoint, self._config, job.source, longest)
         self._num_variants = 1 + VARIANTS_PER_BLOCK * self._config.num_layers
         self._shape = (self._num_variants, len(job.windows), num_tokens, self._config.hidden_size)
         """V, W, T, hidden size; variant 0 is the model as it is."""

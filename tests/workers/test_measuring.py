@@ -29,7 +29,7 @@ from tightfit.workers.sensitivity import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WINDOWS = tuple(tuple(random_tokens(70, seed=seed)) for seed in range(100, 103))
-CALIBRATION = Calibration(samples=tuple(tuple(random_tokens(40, seed=seed)) for seed in range(24)))
+CALIBRATION = Calibration(samples=tuple(tuple(random_tokens(90, seed=seed)) for seed in range(12)))
 GROUP = 16
 
 
