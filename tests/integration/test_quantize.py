@@ -146,6 +146,9 @@ def test_what_was_measured_once_serves_many_budgets(tmp_path):
     assert summary["path"] == str(measured / "sensitivity.json")
     assert summary["divergence"]["int3"] > summary["divergence"]["int4"]
     assert [file.name for file in measured.iterdir()] == ["sensitivity.json"]
+    shown = quantize(model.path, measured, "--measure", *text, *samples, *MEASURE).stdout
+    assert f"sensitivity.json: {4 * LAYERS} units, on 199 tokens, loss " in shown
+    assert "Most sensitive to int3: layer " in shown
     file = ("--sensitivity", measured / "sensitivity.json")
     bits = []
     for budget in (6.1, 7.0):
