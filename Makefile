@@ -68,8 +68,9 @@ bench: $(READY) ## Measure this machine: tokens per second beside transformers
 full-width: $(READY) ## Serve the shapes of BLOOM-176B and OPT-175B with random weights, and write docs/full-width.md
 	$(BIN)/python tools/loopback.py $(BIN)/python bench/full_width.py
 
-quality: $(READY) ## Measure what each format costs in perplexity, and write docs/quality.md
+quality: $(READY) ## Measure what each format costs in perplexity, and write docs/quality.md and mixes.md
 	$(BIN)/python bench/quality.py
+	$(BIN)/python bench/mixes.py
 
 kernels: $(READY) ## Compile the GPU kernels for every chip, and write docs/kernels.md
 	$(BIN)/python tools/kernel_report.py --write

@@ -233,7 +233,7 @@ class QuantizeConfig:
         Option(
             "Tokens at the end of the calibration text that sensitivities are measured on; gptq "
             "does not see them.",
-            at_least=2,
+            at_least=32,
         ),
     ] = 1024
     group_size: Annotated[

@@ -18,8 +18,9 @@ from tightfit.cluster.planning.mix import mix_for_bits
 from tightfit.cluster.progress import LoadView
 from tightfit.cluster.tokenizer import load_tokenizer
 from tightfit.cluster.units import format_bytes, format_seconds
-from tightfit.workers.measuring import MeasureJob, check_model, measure_sensitivities
+from tightfit.workers.measuring import MeasureJob, measure_sensitivities
 from tightfit.workers.model_formats import AUTO
+from tightfit.workers.model_identity import check_model
 from tightfit.workers.quantizer import (
     Calibration,
     QuantizeJob,

@@ -177,3 +177,25 @@ def test_an_address_is_split_or_refused(text):
         return
     assert f"{host}:" in text
     assert 0 <= port <= 65535
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"budget": 4.0, "format": "int4"}, "quantize.budget and quantize.format exclude each"),
+        ({"budget": 4.0, "measure": True}, "leave measure out: what is missing is measured first"),
+        ({"measure": True, "format": "int4"}, "all formats are measured"),
+        ({"measure": True, "sensitivity": "f"}, "it is what is measured"),
+        ({"sensitivity": "f"}, "is for quantize.budget, which is missing"),
+        ({"measure": True}, "quantize.calibration is missing"),
+    ],
+)
+def test_settings_of_quantize_that_do_not_go_together_are_refused(settings, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        quantize_config({}, {"model": "m", "out": "o", **settings})
+
+
+def test_a_budget_wants_no_format_and_without_one_it_is_int4():
+    assert quantize_config({}, {"model": "m", "out": "o"}).uniform_format == "int4"
+    config = quantize_config({}, {"model": "m", "out": "o", "budget": 4})
+    assert (config.budget, config.format) == (4.0, None)

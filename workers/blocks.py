@@ -99,7 +99,7 @@ class ModelParts:
 
     Args:
         checkpoint, config, path: the model.
-        num_tokens: of every sample that goes through it.
+        num_tokens: of the longest sample that goes through it.
     """
 
     def __init__(

@@ -12,8 +12,6 @@ time grows with the square of the depth.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -28,9 +26,9 @@ from tightfit.kernels.groups import Quantized
 from tightfit.workers.api import LoadProgress
 from tightfit.workers.blocks import ModelParts, OpenBlock, mapped_states
 from tightfit.workers.calibration import CalibratedRounding, Calibration, samples_digest
-from tightfit.workers.checkpoint import Checkpoint, find_prefix, open_checkpoint, unquantized_config
-from tightfit.workers.decoder_config import DecoderConfig
+from tightfit.workers.checkpoint import Checkpoint, open_checkpoint, unquantized_config
 from tightfit.workers.errors import CheckpointError, SensitivityError
+from tightfit.workers.model_identity import model_digest
 from tightfit.workers.quantized_config import written_group_size, written_scheme
 from tightfit.workers.rounding import held_weight, round_weight
 from tightfit.workers.sensitivity import (
@@ -76,8 +74,8 @@ def measure_sensitivities(job: MeasureJob, progress: Progress | None = None) -> 
     """Measure every unit in every format and write the file; one of the same job is read instead.
 
     Raises:
-        CheckpointError: the source cannot be read or is quantised already, or what it computes is
-            not finite.
+        CheckpointError: the source cannot be read or is quantised already, what it computes is not
+            finite, or there is no room for the hidden states.
         SensitivityError: the target has a file of another job.
     """
     checkpoint = open_checkpoint(job.source)
@@ -95,39 +93,6 @@ def measure_sensitivities(job: MeasureJob, progress: Progress | None = None) -> 
         return measured
     finally:
         checkpoint.close()
-
-
-def check_model(sensitivities: Sensitivities, source: str | Path, path: Path) -> None:
-    """Refuse sensitivities that were measured on another model than `source`.
-
-    Args:
-        sensitivities: read from `path`.
-        source: checkpoint directory or GGUF file.
-
-    Raises:
-        SensitivityError: they were.
-        CheckpointError, UnsupportedModelError: the model cannot be read.
-    """
-    checkpoint = open_checkpoint(source)
-    try:
-        config = unquantized_config(checkpoint, source)
-        if model_digest(checkpoint, config, source) != sensitivities.model:
-            problem = f"was measured on another model than {source}; measure this one"
-            raise SensitivityError(path, problem)
-    finally:
-        checkpoint.close()
-
-
-def model_digest(checkpoint: Checkpoint, config: DecoderConfig, path: str | Path) -> str:
-    """SHA-256 of a model's config and of its first block's norms, which training changes too: the
-    same for the same model in whatever files, at the cost of a few kilobytes read."""
-    digest = hashlib.sha256(json.dumps(dict(checkpoint.config), sort_keys=True).encode())
-    prefix = find_prefix(checkpoint, config, path)
-    for norm in (config.names.attn_norm, config.names.mlp_norm):
-        for name, _ in config.norm_tensors(norm.format(i=0)):
-            values = checkpoint.read(config.full_name(name, prefix)).float()
-            digest.update(values.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +113,8 @@ class _Measuring:
         self._config = unquantized_config(checkpoint, job.source)
         self._units = model_units(self._config)
         num_tokens = len(job.windows[0])
-        self._parts = ModelParts(checkpoint, self._config, job.source, num_tokens)
+        longest = max(num_tokens, job.calibration.num_tokens if job.calibration else 0)
+        self._parts = ModelParts(checkpoint, self._config, job.source, longest)
         self._num_variants = 1 + VARIANTS_PER_BLOCK * self._config.num_layers
         self._shape = (self._num_variants, len(job.windows), num_tokens, self._config.hidden_size)
         """V, W, T, hidden size; variant 0 is the model as it is."""
@@ -202,7 +168,7 @@ class _Measuring:
             )
             self._note("calibration text through the embedding")
             self._calibrated.start()
-        states = mapped_states(self._directory / "variants", self._shape)
+        states = self._states()
         for window, state in zip(states[0], self._parts.embed(job.windows), strict=True):
             window.copy_(state)
         for layer in range(self._config.num_layers):
@@ -210,6 +176,15 @@ class _Measuring:
         self._note("head")
         losses = self._losses(states)
         return self._result(losses)
+
+    def _states(self) -> Tensor:
+        """Room for the hidden states of all variants, [V, W, T, hidden size] fp32."""
+        needed, free = 4 * torch.Size(self._shape).numel(), shutil.disk_usage(self._directory).free
+        if needed > free:  # writing to a map of a full disk would end the process
+            problem = f"has {free:,} bytes free, and hidden states take {needed:,}"
+            remedy = "choose another directory, or measure on fewer tokens"
+            raise CheckpointError(self._job.target, None, f"{problem}; {remedy}")
+        return mapped_states(self._directory / "variants", self._shape)
 
     # -- blocks ------------------------------------------------------------------------------
 

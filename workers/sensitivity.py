@@ -63,7 +63,7 @@ class Sensitivities:
 
     version: int = VERSION
     model: str
-    """SHA-256 of what identifies the model; see `measuring.model_digest`."""
+    """SHA-256 of what identifies the model; see `model_identity.model_digest`."""
     text: str
     """SHA-256 of the held-out tokens."""
     num_tokens: int

@@ -1,5 +1,6 @@
 """What each unit loses in each format: against transformers, and as a file."""
 
+import shutil
 from contextlib import contextmanager
 from statistics import mean
 
@@ -17,7 +18,8 @@ from tightfit.workers.calibration import Calibration
 from tightfit.workers.checkpoint import open_checkpoint
 from tightfit.workers.decoder_config import decoder_config
 from tightfit.workers.errors import CheckpointError, SensitivityError
-from tightfit.workers.measuring import MeasureJob, check_model, measure_sensitivities
+from tightfit.workers.measuring import MeasureJob, measure_sensitivities
+from tightfit.workers.model_identity import check_model
 from tightfit.workers.sensitivity import (
     BLOCK_ROLES,
     FILE_NAME,
@@ -29,7 +31,7 @@ from tightfit.workers.sensitivity import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WINDOWS = tuple(tuple(random_tokens(70, seed=seed)) for seed in range(100, 103))
-CALIBRATION = Calibration(samples=tuple(tuple(random_tokens(40, seed=seed)) for seed in range(24)))
+CALIBRATION = Calibration(samples=tuple(tuple(random_tokens(90, seed=seed)) for seed in range(12)))
 GROUP = 16
 
 
@@ -191,6 +193,14 @@ def test_what_an_interrupted_run_left_does_not_matter(sources, tmp_path):
     (torn / "variants").write_bytes(b"torn")
     assert measure_sensitivities(_job(sources(), tmp_path / "b")) == measured
     assert not torn.exists()
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_computed(sources, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(CheckpointError, match=r"1,000 bytes free, and hidden states take 2,\d"):
+        measure_sensitivities(_job(sources(), tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_that_is_quantised_or_computes_nonsense_is_refused(sources, tmp_path):
