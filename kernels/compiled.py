@@ -34,6 +34,16 @@ SHARED_MEMORY_BYTES: Final = {
 """Most shared memory that one thread block can have (CUDA C++ Programming Guide, "Technical
 Specifications per Compute Capability", less the 1 KB of the system)."""
 
+LEAST_SHARED_BYTES: Final = 150_000
+"""Below it a chip counts as one with little shared memory, and takes smaller tiles."""
+
+BY_SHARED_MEMORY: Final = {
+    is_small: tuple(
+        one for one in CAPABILITIES if (SHARED_MEMORY_BYTES[one] < LEAST_SHARED_BYTES) is is_small
+    )
+    for is_small in (False, True)
+}
+
 UNREADABLE: Final = (70,)
 """CUDA 13's tools disassemble these no more: widths are read from PTX."""
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Final
 
 import torch
@@ -30,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tightfit.kernels.compiled import CAPABILITIES, OLD_CAPABILITIES, Case
+from tightfit.kernels.compiled import BY_SHARED_MEMORY, CAPABILITIES, OLD_CAPABILITIES, Case
 from tightfit.kernels.weights import Int8Weight
 
 SUPPORTED_DTYPES: Final = (torch.float16, torch.bfloat16)
@@ -44,6 +45,9 @@ reading the weight again for each token."""
 
 DEQUANTIZE_ELEMENTS: Final = 2**26
 """Of weights dequantised at a time: 128 MB, for the head alone would be 7 GB."""
+
+CUBLAS_ROWS: Final = 256
+"""Rows of a weight that are multiplied at once are a multiple."""
 
 MAX_ROWS_LEFT: Final = 16
 """Tokens of a program up to which x is the left operand."""
@@ -79,17 +83,25 @@ class Tile:
         return int(triton.cdiv(triton.cdiv(n_in, self.block_k), self.splits)) * self.block_k
 
 
-def choose_tile(n_tokens: int, n_out: int, n_in: int) -> Tile:
-    """By the number of tokens; the splits also by the weight's shape."""
+def choose_tile(n_tokens: int, n_out: int, n_in: int, *, is_small: bool = False) -> Tile:
+    """By the number of tokens; the splits also by the weight's shape. The fastest of those tried on
+    an H100.
+
+    Args:
+        is_small: the chip has little shared memory, see `has_small_shared_memory`.
+    """
     if n_tokens == 1:
         # Rows of 1 KB each, as on an H100 half of the bandwidth is lost with 512 bytes.
         block_t, block_n, block_k, num_warps, num_stages = 1, 2, 1024, 1, 1
-    elif n_tokens <= 64:
-        block_t = 16 if n_tokens <= 16 else 32 if n_tokens <= 32 else 64
+    elif n_tokens <= 32:
+        block_t, block_k = (16, 256) if n_tokens <= 16 else (32, 128)
         block_n, num_warps, num_stages = 64, 4, 3
-        block_k = 256 if n_tokens <= 16 else 128 if n_tokens <= 32 else 64
+    elif n_tokens <= 64:
+        block_t, block_n, block_k, num_warps, num_stages = 64, 128, 128, 8, 3
+        num_stages = 2 if is_small else 3
     else:
-        block_t, block_n, block_k, num_warps, num_stages = 128, 128, 64, 8, 3
+        block_t, block_n, num_warps, num_stages = 128, 128, 8, 3
+        block_k = 64 if is_small else 128
     splits = 1
     if n_tokens <= 64:
         wanted = MIN_PROGRAMS["gemv" if n_tokens == 1 else "gemm"] // triton.cdiv(n_out, block_n)
@@ -279,7 +291,8 @@ def w8a16_linear(
         if n_tokens > MAX_TOKENS_ONE_BY_ONE:
             return dequantized_linear(x, weight, bias)
         return _launch(x, weight, bias, choose_tile(1, n_out, n_in))
-    return _launch(x, weight, bias, choose_tile(n_tokens, n_out, n_in))
+    is_small = has_small_shared_memory(x.device, capability)
+    return _launch(x, weight, bias, choose_tile(n_tokens, n_out, n_in, is_small=is_small))
 
 
 def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -309,12 +322,21 @@ def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def has_tensor_cores(device: torch.device, capability: int | None = None) -> bool:
     """Triton has tensor cores there; it is asked of torch unless the capability × 10 is given."""
-    if capability is None:
-        if device.type != "cuda":
-            return True  # the interpreter
-        major, minor = torch.cuda.get_device_capability(device)
-        capability = 10 * major + minor
-    return capability >= TENSOR_CORE_CAPABILITY
+    return _capability(device, capability) >= TENSOR_CORE_CAPABILITY
+
+
+def has_small_shared_memory(device: torch.device, capability: int | None = None) -> bool:
+    """A thread block gets 100 KB there, not 160 or more; unknown chips count as such."""
+    return _capability(device, capability) not in BY_SHARED_MEMORY[False]
+
+
+def _capability(device: torch.device, capability: int | None) -> int:
+    if capability is not None:
+        return capability
+    if device.type != "cuda":
+        return CAPABILITIES[0]  # the interpreter
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def check_inputs(
@@ -394,7 +416,8 @@ def _constants(tile: Tile, *, has_bias: bool) -> dict[str, Any]:
 def dequantized_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
     """A block of rows at a time, multiplied by cuBLAS: for many tokens. See `w8a16_linear`."""
     n_out, n_in = weight.values.shape
-    step = max(1, DEQUANTIZE_ELEMENTS // n_in)
+    # Whole tiles of cuBLAS: at odd numbers of rows it is several times slower.
+    step = max(1, DEQUANTIZE_ELEMENTS // n_in // CUBLAS_ROWS) * CUBLAS_ROWS
     y = x.new_empty((x.shape[0], n_out))
     for first in range(0, n_out, step):
         rows = slice(first, first + step)
@@ -450,24 +473,29 @@ def _cases(dtype: str) -> Iterator[Case]:
             has_dot=False,
             capabilities=capabilities,
         )  # fmt: skip
-        for n_tokens in TOKEN_COUNTS:
-            for n_out, n_in in WEIGHT_SHAPES:
-                tile = choose_tile(n_tokens, n_out, n_in)
-                constants = _constants(tile, has_bias=has_bias)
-                out = "*fp32" if constants["IS_SPLIT"] else f"*{dtype}"
-                split = " split" if constants["IS_SPLIT"] else ""
-                is_gemv = tile.block_t == 1
-                yield Case(
-                    name=f"w8a16 T={n_tokens} {dtype}{split or bias}",
-                    kernel=_gemv_kernel if is_gemv else _gemm_kernel,
-                    types=pointers | {
-                        "out_ptr": out, "T": "i32", "N": "i32", "K": "i32", "k_per_split": "i32",
-                        "stride_xt": "i32",
-                    },
-                    constants=constants,
-                    num_warps=tile.num_warps,
-                    num_stages=tile.num_stages,
-                    unaligned=frozenset({"T"}),
-                    has_dot=not is_gemv,
-                    capabilities=capabilities if is_gemv else CAPABILITIES,
-                )  # fmt: skip
+        for n_tokens, (n_out, n_in), is_small in product(
+            TOKEN_COUNTS, WEIGHT_SHAPES, BY_SHARED_MEMORY
+        ):
+            tile = choose_tile(n_tokens, n_out, n_in, is_small=is_small)
+            other = choose_tile(n_tokens, n_out, n_in, is_small=not is_small)
+            if is_small and tile == other:
+                continue
+            chips = CAPABILITIES if tile == other else BY_SHARED_MEMORY[is_small]
+            constants = _constants(tile, has_bias=has_bias)
+            out = "*fp32" if constants["IS_SPLIT"] else f"*{dtype}"
+            split = " split" if constants["IS_SPLIT"] else ""
+            is_gemv = tile.block_t == 1
+            yield Case(
+                name=f"w8a16 T={n_tokens}{' small' if is_small else ''} {dtype}{split or bias}",
+                kernel=_gemv_kernel if is_gemv else _gemm_kernel,
+                types=pointers | {
+                    "out_ptr": out, "T": "i32", "N": "i32", "K": "i32", "k_per_split": "i32",
+                    "stride_xt": "i32",
+                },
+                constants=constants,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+                unaligned=frozenset({"T"}),
+                has_dot=not is_gemv,
+                capabilities=capabilities if is_gemv else chips,
+            )  # fmt: skip

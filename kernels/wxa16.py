@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tightfit.kernels.compiled import CAPABILITIES, OLD_CAPABILITIES, Case
+from tightfit.kernels.compiled import BY_SHARED_MEMORY, CAPABILITIES, OLD_CAPABILITIES, Case
 from tightfit.kernels.formats import TILE_FEATURES, TILE_PIECE, TILE_ROWS
 from tightfit.kernels.groups import GroupWeight
 from tightfit.kernels.packing import Layout
@@ -41,6 +41,7 @@ from tightfit.kernels.w8a16 import (
     GROUP_T,
     MAX_TOKENS_ONE_BY_ONE,
     SUPPORTED_DTYPES,
+    has_small_shared_memory,
     has_tensor_cores,
     tile_of_program,
 )
@@ -51,7 +52,7 @@ BLOCK: Final = 4 * TILE_PIECE
 """Input features of a tile's 32 columns; with 3 bits a tile has two such blocks."""
 
 MIN_PROGRAMS: Final = 640
-"""Programs from which on K is not split: some for every processor of the largest chips."""
+"""Programs that there are at least, by splitting K: an H100 loses 15 % with 448 of them."""
 MIN_STEPS_PER_SPLIT: Final = 4
 
 REDUCE_BLOCK_N: Final = 512
@@ -78,26 +79,32 @@ class Tile:
         return int(triton.cdiv(triton.cdiv(num_tiles, self.step), self.splits)) * self.step
 
 
-def choose_tile(bits: int, n_tokens: int, n_out: int, num_tiles: int) -> Tile:
-    """By bits and the number of tokens; the splits also by the weight's shape.
+def choose_tile(
+    bits: int, n_tokens: int, n_out: int, num_tiles: int, *, is_small: bool = False
+) -> Tile:
+    """By bits and the number of tokens; the splits also by the weight's shape. The fastest of those
+    tried on an H100.
 
     Args:
         num_tiles: tiles of one row of tiles, K / 128 or K / 256 rounded up.
+        is_small: the chip has little shared memory, see `w8a16.has_small_shared_memory`.
     """
-    block_n, num_warps, num_stages = 64, 4, 3
-    step = 2 if bits == 4 else 1
-    if n_tokens <= 64:
-        block_t = 16 if n_tokens <= 16 else 32 if n_tokens <= 32 else 64
-        block_n = 64 if n_tokens <= 32 else 128
-        step = step if n_tokens <= 32 else 1
+    step = 1
+    if n_tokens <= 32:
+        block_t = 16 if n_tokens <= 16 else 32
+        block_n, num_warps, num_stages = (128 if bits == 4 else 64), 4, 4
+    elif n_tokens <= 64:
+        block_t, block_n, num_warps = 64, 128, 8
+        num_stages = 3 if bits == 4 else 2
     else:
-        block_t, block_n, num_warps, step, num_stages = 64, 128, 8, 1, 2
+        block_t = 128 if bits == 4 else 64
+        block_n, num_warps = 128, 8
+        num_stages = 2 if is_small or bits == 3 else 3
     splits = 1
     if n_tokens <= 64:
-        steps = triton.cdiv(num_tiles, step)
-        wanted = MIN_PROGRAMS // triton.cdiv(n_out, block_n)
-        splits = max(1, min(wanted, steps // MIN_STEPS_PER_SPLIT))
-        splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # none without a step
+        wanted = triton.cdiv(MIN_PROGRAMS, triton.cdiv(n_out, block_n))
+        splits = max(1, min(wanted, num_tiles // MIN_STEPS_PER_SPLIT))
+        splits = triton.cdiv(num_tiles, triton.cdiv(num_tiles, splits))  # none without a step
     return Tile(
         block_t=block_t,
         block_n=block_n,
@@ -315,7 +322,9 @@ def wxa16_linear(
     x = x if x.stride(1) == 1 else x.contiguous()
     num_tiles = weight.packed.shape[1]
     if has_tensor_cores(x.device, capability):
-        return _launch(x, weight, bias, choose_tile(weight.bits, n_tokens, n_out, num_tiles))
+        is_small = has_small_shared_memory(x.device, capability)
+        tile = choose_tile(weight.bits, n_tokens, n_out, num_tiles, is_small=is_small)
+        return _launch(x, weight, bias, tile)
     if n_tokens <= MAX_TOKENS_ONE_BY_ONE:
         return _launch(x, weight, bias, one_token_tile(weight.bits, n_out, num_tiles))
     return dequantized_linear(x, weight, bias)
@@ -459,10 +468,16 @@ def _product_cases(bits: int, dtype: str) -> Iterator[Case]:
     for n_tokens in (1, 16, 32, 64, 512):
         for wants_split, (n_out, n_in) in SHAPES.items():
             num_tiles = n_in // TILE_FEATURES[bits]
-            tiles = [(False, choose_tile(bits, n_tokens, n_out, num_tiles))]
+            large, small = (
+                choose_tile(bits, n_tokens, n_out, num_tiles, is_small=is_small)
+                for is_small in (False, True)
+            )
+            tiles = [(False, CAPABILITIES if large == small else BY_SHARED_MEMORY[False], large)]
+            if small != large:
+                tiles.append((False, BY_SHARED_MEMORY[True], small))
             if n_tokens == 1:
-                tiles.append((True, one_token_tile(bits, n_out, num_tiles)))
-            for is_gemv, tile in tiles:
+                tiles.append((True, _capabilities(dtype), one_token_tile(bits, n_out, num_tiles)))
+            for is_gemv, capabilities, tile in tiles:
                 is_split = wants_split and tile.splits > 1
                 constants: dict[str, Any] = {
                     "HAS_BIAS": True, "IS_SPLIT": is_split, "BITS": bits,
@@ -471,6 +486,7 @@ def _product_cases(bits: int, dtype: str) -> Iterator[Case]:
                 if not is_gemv:
                     constants |= _gemm_constants(tile, 128, n_in) | {"PTX": True}
                 kind = "one token without tensor cores" if is_gemv else f"T={n_tokens}"
+                kind += " small" if capabilities == BY_SHARED_MEMORY[True] else ""
                 yield Case(
                     name=f"wxa16 {bits} bits {kind} {dtype}{' split' if is_split else ''}",
                     kernel=_gemv_kernel if is_gemv else _gemm_kernel,
@@ -486,7 +502,7 @@ def _product_cases(bits: int, dtype: str) -> Iterator[Case]:
                         {"T", "G", "group_pieces", "num_tiles", "tiles_per_split"}
                     ),
                     has_dot=not is_gemv,
-                    capabilities=_capabilities(dtype) if is_gemv else CAPABILITIES,
+                    capabilities=capabilities,
                 )  # fmt: skip
 
 
