@@ -109,7 +109,10 @@ def run_tests(limit_s: float) -> dict[str, Any]:
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(16, os.cpu_count() or 1))]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s)
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},  # the processes share the cores
+        )  # fmt: skip
         said = done.stdout
     except subprocess.TimeoutExpired as error:
         out = error.stdout or b""

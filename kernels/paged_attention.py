@@ -53,12 +53,12 @@ SUPPORTED_BLOCK_SIZES: Final = (8, 16, 32, 64)
 MIN_ROWS: Final = 16
 """Of a matrix that tensor cores multiply."""
 
-MIN_PROGRAMS: Final = {"sums": 2048, "grouped": 512}
+MIN_PROGRAMS: Final = {"sums": 4096, "grouped": 512}
 """Programs from which on contexts are not split: some for every processor of the largest chips.
 Not measured yet."""
 
-MIN_STEPS_PER_SPLIT: Final = 2
-"""Steps of the loop over keys that a split has at least where its context is the longest."""
+MIN_KEYS_PER_SPLIT: Final = 128
+"""That a split has at least where its context is the longest, to be worth its part."""
 
 COMBINE_BLOCK: Final = 16
 """Splits that are combined at a time."""
@@ -84,14 +84,14 @@ def choose_tile(
 ) -> Tile:
     """By the heads; the splits by the number of programs and the longest context."""
     if num_heads == num_kv_heads or not tensor_cores:
-        block_g, block_s, num_warps, num_stages = 1, 32, 4, 1
+        block_g, block_s, num_warps, num_stages = 1, 16, 2, 1
         programs, wanted = num_decodes * num_heads, MIN_PROGRAMS["sums"]
     else:
         block_g = max(MIN_ROWS, int(triton.next_power_of_2(num_heads // num_kv_heads)))
         block_s, num_warps, num_stages = 64, 4, 2
         programs, wanted = num_decodes * num_kv_heads, MIN_PROGRAMS["grouped"]
     steps = max(1, triton.cdiv(max_context, block_s))
-    splits = max(1, min(wanted // programs, steps // MIN_STEPS_PER_SPLIT))
+    splits = max(1, min(wanted // programs, max_context // MIN_KEYS_PER_SPLIT))
     splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # none without a step
     return Tile(
         block_g=block_g,

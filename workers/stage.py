@@ -159,11 +159,12 @@ class Stage:
         if budget is None:
             return
         if self.spec.device != "cpu":
-            slack = self.config.largest_layer_elements * 4
-            _, total = torch.cuda.mem_get_info(self.spec.device)
-            torch.cuda.set_per_process_memory_fraction(
-                min(1.0, (budget + slack) / total), self.spec.device
-            )
+            device = torch.device(self.spec.device)
+            index = torch.cuda.current_device() if device.index is None else device.index
+            allowed = torch.cuda.memory_reserved(index) + budget
+            allowed += self.config.largest_layer_elements * 4
+            _, total = torch.cuda.mem_get_info(index)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), index)
             return
         mapped = next(
             int(line.split()[1]) * 1024
