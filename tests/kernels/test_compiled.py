@@ -14,6 +14,8 @@ from tightfit.kernels.compiled import CAPABILITIES, OLD_CAPABILITIES, Compiled
 
 ROOT = Path(__file__).parents[2]
 
+pytestmark = pytest.mark.timeout(900)  # more than a thousand compilations
+
 
 @pytest.fixture(scope="module")
 def found():
@@ -23,7 +25,7 @@ def found():
         capture_output=True,
         text=True,
         env={**environment, "PYTHONSAFEPATH": "1"},
-        timeout=280,
+        timeout=840,
     )
     assert done.returncode == 0, done.stderr
     compiled = []
