@@ -180,7 +180,8 @@ def section(shape: str, figures: dict[str, Any]) -> str:
         "",
         f"{config.num_layers} layers of {config.hidden_size:,} features and {config.num_heads} "
         f"heads, {config.vocab_size:,} tokens. {figures['machine']}. Load average of the last "
-        f"minute before {figures['load_average']}, after {figures['load_average_after']}.",
+        f"minute before {figures['load_average']}, after {figures['load_average_after']}: what "
+        "other work there was beside it (0: none; after, the run itself counts 1 to 3).",
         "",
         f"- seconds per token: median **{token_s:.1f}** "
         f"({', '.join(f'{s:.1f}' for s in figures['token_s'])}), in which {gb(read)} GB of weights "
