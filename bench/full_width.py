@@ -31,6 +31,8 @@ from tightfit.client import Client
 from tightfit.workers.checkpoint import find_prefix, open_checkpoint
 from tightfit.workers.decoder_config import decoder_config
 from tightfit.workers.embedding import EmbeddingTable
+from tightfit.workers.model_formats import model_formats
+from tightfit.workers.shard_bytes import model_bytes
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "full-width.md"
 SHAPES = {"bloom-176b": wide_models.BLOOM_176B, "opt-175b": wide_models.OPT_175B}
@@ -43,6 +45,9 @@ FLAGS = (
     "--embedding-place", "host", "--head-format", "int8", "--kv-blocks", "4", "--max-context", "64",
     "--max-batch-tokens", "16",
 )  # fmt: skip
+SPIN_COUNT = "1000"
+"""GOMP_SPINCOUNT of the stages. All have threads for all cores, as one computes at a time: threads
+that wait give their core away soon, and beside a layer's milliseconds a wake-up is nothing."""
 START_LIMIT_S, ANSWER_LIMIT_S = 1800.0, 1200.0
 LOOKUPS, SMOLLM2 = 200, "smollm2-135m"
 
@@ -168,16 +173,20 @@ def gb(num_bytes: float) -> str:
 def section(shape: str, figures: dict[str, Any]) -> str:
     """A shape's part of the page."""
     config = decoder_config(SHAPES[shape])
+    weights = model_bytes(config, model_formats(config, "int4"))
+    read, token_s = sum(weights.layers) + weights.head, statistics.median(figures["token_s"])
     lines = [
         f"## {NAMES[shape]}",
         "",
         f"{config.num_layers} layers of {config.hidden_size:,} features and {config.num_heads} "
         f"heads, {config.vocab_size:,} tokens. {figures['machine']}. Load average of the last "
-        f"minute before {figures['load_average']}, after {figures['load_average_after']}.",
+        f"minute before {figures['load_average']}, after {figures['load_average_after']}: what "
+        "other work there was beside it (0: none; after, the run itself counts 1 to 3).",
         "",
-        f"- seconds per token: median **{statistics.median(figures['token_s']):.1f}** "
-        f"({', '.join(f'{s:.1f}' for s in figures['token_s'])}); to the first of a prompt of "
-        f"{len(PROMPT)}: {', '.join(f'{s:.1f}' for s in figures['first_token_s'])}",
+        f"- seconds per token: median **{token_s:.1f}** "
+        f"({', '.join(f'{s:.1f}' for s in figures['token_s'])}), in which {gb(read)} GB of weights "
+        f"are read: {gb(read / token_s)} GB/s; to the first token of a prompt of {len(PROMPT)}: "
+        f"{', '.join(f'{s:.1f}' for s in figures['first_token_s'])}",
         f"- both answers: {figures['tokens']}",
         f"- `tightfit quantize` of one block: {figures['quantize_s']:.0f} s, "
         f"{figures['bits_per_weight']:.2f} bits per weight, at most "
@@ -246,6 +255,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="directory for 12 GB; default: a temporary one")
     parser.add_argument("--output", type=Path, default=PAGE, help="Markdown file to write")
     args = parser.parse_args()
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     figures = {SMOLLM2: {"lookups": lookups(harness.converted())}}
     for shape in args.shapes:
         with tempfile.TemporaryDirectory(prefix="tf-wide-", dir=args.work) as work:

@@ -54,7 +54,8 @@ LAYER_COUNTS = {"bloom": "n_layer", "opt": "num_hidden_layers"}
 PATTERN_ITEMS = 2**25 - 39
 """A prime: no two rows of a weight begin at the same place of the repeated pattern."""
 WEIGHT_STD = 0.02
-POLL_S = 0.02
+POLL_S = 0.05
+LOOKS_BETWEEN_FAMILIES = 20
 
 
 def resized(config: Mapping[str, Any], *, layers: int, vocab_size: int) -> dict[str, Any]:
@@ -176,7 +177,7 @@ def anonymous_bytes(pid: int) -> int:
 
 
 class PeakMemory:
-    """While the block runs, watches the anonymous memory of some processes and their children:
+    """While the block runs, watches the anonymous memory of a process and all that it starts:
     `peak_bytes` of all together."""
 
     def __init__(self, pid: int) -> None:
@@ -184,15 +185,20 @@ class PeakMemory:
         self.peak_bytes = 0
 
     def _watch(self) -> None:
+        looks = 0
         while not self._done.wait(POLL_S):
-            self.peak_bytes = max(self.peak_bytes, self._bytes())
+            if looks % LOOKS_BETWEEN_FAMILIES == 0:
+                family = self._family()
+            looks += 1
+            self.peak_bytes = max(self.peak_bytes, sum(anonymous_bytes(pid) for pid in family))
 
-    def _bytes(self) -> int:
+    def _family(self) -> list[int]:
+        """It and its children's children: dear to find, as all processes are looked at."""
         try:
             family = [self._process, *self._process.children(recursive=True)]
         except psutil.NoSuchProcess:
-            return 0
-        return sum(anonymous_bytes(process.pid) for process in family)
+            return []
+        return [process.pid for process in family]
 
     def __enter__(self) -> PeakMemory:
         self._thread = threading.Thread(target=self._watch, daemon=True)

@@ -147,6 +147,7 @@ class ShardModel:
         bias: bool,
         rows: Tensor | None,
     ) -> Linear:
+        """The same, out of the checkpoint."""
         biases = reader.stack([f"{name}.bias" for name in names]) if bias else None
         if biases is not None and rows is not None:
             biases = biases[rows]

@@ -98,6 +98,34 @@ def test_bin_files_keep_strides_sharing_and_parameters(tmp_path):
         assert torch.equal(checkpoint.read(name), tensor.detach())
 
 
+def test_names_of_one_stored_tensor_have_one_place_and_no_others_do(tmp_path):
+    base = torch.arange(24.0).view(4, 6)
+    saved = {
+        "whole": base,
+        "same": base.detach(),
+        "transposed": base.t(),
+        "reshaped": base.view(6, 4),
+        "part": base[1:],
+        "copy": base.clone(),
+        "whole numbers": torch.zeros(4, 6, dtype=torch.int64),
+    }
+    _single(tmp_path, "bin", saved)
+    checkpoint = open_checkpoint(tmp_path)
+    places = {name: checkpoint.place(name) for name in saved}
+    assert places["whole"] == places["same"]
+    assert len(set(places.values())) == len(saved) - 1
+
+
+@pytest.mark.parametrize("write", [_single, _sharded])
+def test_every_tensor_of_safetensors_has_a_place_of_its_own(tmp_path, write):
+    tensors = {name: tensor for name, tensor in _tensors().items() if tensor.numel()}
+    write(tmp_path, "safetensors", tensors)
+    checkpoint = open_checkpoint(tmp_path)
+    places = {name: checkpoint.place(name) for name in tensors}
+    assert len(set(places.values())) == len(tensors)
+    assert places == {name: open_checkpoint(tmp_path).place(name) for name in tensors}
+
+
 def test_a_module_s_state_dict_is_read(tmp_path):
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
     _single(tmp_path, "bin", module.state_dict())
