@@ -310,7 +310,7 @@ samples of {WINDOW} tokens, act-order.
 {table(rounded, base, "format, method")}
 
 `int4` by GPTQ loses {share:.2f} of what rounding to nearest loses (asked: at most 0.5). HQQ needs
-no text. `int3` is usable by GPTQ only.
+no text. `int3` is usable by GPTQ only. Between them, layer by layer: [mixes.md](mixes.md).
 
 ## Which samples
 

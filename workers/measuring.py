@@ -29,7 +29,7 @@ from tightfit.workers.calibration import CalibratedRounding, Calibration, sample
 from tightfit.workers.checkpoint import Checkpoint, open_checkpoint, unquantized_config
 from tightfit.workers.errors import CheckpointError, SensitivityError
 from tightfit.workers.model_identity import model_digest
-from tightfit.workers.quantized_config import written_group_size, written_scheme
+from tightfit.workers.quantized_config import check_group_size, written_group_size, written_scheme
 from tightfit.workers.rounding import held_weight, round_weight
 from tightfit.workers.sensitivity import (
     BLOCK_ROLES,
@@ -111,6 +111,7 @@ class _Measuring:
     def __init__(self, job: MeasureJob, checkpoint: Checkpoint, progress: Progress | None) -> None:
         self._job, self._checkpoint, self._report = job, checkpoint, progress
         self._config = unquantized_config(checkpoint, job.source)
+        check_group_size(self._config, job.group_size, job.source)
         self._units = model_units(self._config)
         num_tokens = len(job.windows[0])
         longest = max(num_tokens, job.calibration.num_tokens if job.calibration else 0)

@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from tightfit.kernels.formats import WEIGHT_BITS, Format, default_group_size
 from tightfit.workers.decoder_config import DecoderConfig, LinearShape
+from tightfit.workers.errors import CheckpointError
 from tightfit.workers.model_formats import common_group_size
 from tightfit.workers.stored import REAL_ZERO_DTYPE, Packing, StoredScheme
 
 MIXED: Final = "mixed-precision"
 """What compressed-tensors calls it where layers are packed in several ways."""
+
+
+def check_group_size(config: DecoderConfig, wanted: int | None, path: str | Path) -> None:
+    """Refuse a group size that does not divide every layer's width.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    for linear in config.layer_linears(0):
+        if wanted and linear.n_in % wanted:
+            raise CheckpointError(
+                path,
+                linear.name,
+                f"has {linear.n_in} input features, which groups of {wanted} do not divide; "
+                "leave the group size out, and each layer gets one that does",
+            )
 
 
 def written_group_size(config: DecoderConfig, wanted: int | None, n_in: int) -> int | None:

@@ -33,6 +33,7 @@ from tightfit.workers.decoder_config import LinearShape, decoder_config
 from tightfit.workers.errors import CheckpointError
 from tightfit.workers.manifest import MANIFEST, Manifest, save_json
 from tightfit.workers.quantized_config import (
+    check_group_size,
     quantization_config,
     stored_bits,
     written_group_size,
@@ -311,15 +312,7 @@ class _Run:
         }
 
     def _check(self) -> None:
-        size = self._job.group_size
-        for linear in self._config.layer_linears(0):
-            if size and linear.n_in % size:
-                raise CheckpointError(
-                    self._source,
-                    linear.name,
-                    f"has {linear.n_in} input features, which groups of {size} do not divide; "
-                    "leave the group size out, and each layer gets one that does",
-                )
+        check_group_size(self._config, self._job.group_size, self._source)
         if self._target.resolve() in (self._source.resolve(), self._source.resolve().parent):
             raise CheckpointError(self._target, None, "is the source; choose another directory")
 

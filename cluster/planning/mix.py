@@ -57,6 +57,9 @@ class _Step(NamedTuple):
     choice: int
 
 
+_Path = tuple[int, "_Path"] | None
+
+
 class _State(NamedTuple):
     """Some units decided."""
 
@@ -64,11 +67,8 @@ class _State(NamedTuple):
     loss: float
     reduced: float
     """Loss + λ · bytes, above the units' least."""
-    path: tuple[int, _Path] | None
+    path: _Path
     """The last unit's choice, and what was before."""
-
-
-_Path = tuple[int, "_Path"] | None
 
 
 class _Knapsack:

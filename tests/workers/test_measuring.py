@@ -208,6 +208,9 @@ def test_a_model_that_is_quantised_or_computes_nonsense_is_refused(sources, tmp_
     job = MeasureJob(source=str(tmp_path / "gptq"), target=str(tmp_path), windows=WINDOWS)
     with pytest.raises(CheckpointError, match="is quantised already, by gptq"):
         measure_sensitivities(job)
+    job = _job(sources(), tmp_path, method="gptq", calibration=CALIBRATION, group_size=36)
+    with pytest.raises(CheckpointError, match="48 input features, which groups of 36 do not"):
+        measure_sensitivities(job)
     tiny_models.build("llama", tmp_path / "broken")
     file = tmp_path / "broken" / "model.safetensors"
     tensors = safetensors.torch.load_file(file)
