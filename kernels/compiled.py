@@ -13,10 +13,11 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -34,15 +35,41 @@ SHARED_MEMORY_BYTES: Final = {
 """Most shared memory that one thread block can have (CUDA C++ Programming Guide, "Technical
 Specifications per Compute Capability", less the 1 KB of the system)."""
 
-LEAST_SHARED_BYTES: Final = 150_000
-"""Below it a chip counts as one with little shared memory, and takes smaller tiles."""
 
-BY_SHARED_MEMORY: Final = {
-    is_small: tuple(
-        one for one in CAPABILITIES if (SHARED_MEMORY_BYTES[one] < LEAST_SHARED_BYTES) is is_small
-    )
-    for is_small in (False, True)
-}
+class Chip(Enum):
+    """Chips that take the same tiles, by their capabilities."""
+
+    LARGE = (80, 90)
+    SMALL = (86, 89)
+    """100 KB of shared memory for a thread block, where the others have 160 or more."""
+    NEWEST = (100,)
+    """Tensor cores keep sums in a memory of their own, and the compiler spills registers where it
+    does not for the others."""
+
+
+def chip_of(capability: int) -> Chip:
+    """Of a capability × 10; chips that are not known take the tiles that fit everywhere."""
+    return next((chip for chip in Chip if capability in chip.value), Chip.SMALL)
+
+
+T = TypeVar("T")
+
+
+def by_chip(choose: Callable[[Chip], T]) -> list[tuple[T, str, tuple[int, ...]]]:
+    """The different tiles that chips take, each with a mark for names (none for those of large
+    chips) and the capabilities that it is for."""
+    chips: dict[T, list[Chip]] = {}
+    for chip in Chip:
+        chips.setdefault(choose(chip), []).append(chip)
+    return [
+        (
+            tile,
+            "" if Chip.LARGE in alike else " " + "/".join(chip.name.lower() for chip in alike),
+            tuple(sorted(capability for chip in alike for capability in chip.value)),
+        )
+        for tile, alike in chips.items()
+    ]
+
 
 UNREADABLE: Final = (70,)
 """CUDA 13's tools disassemble these no more: widths are read from PTX."""

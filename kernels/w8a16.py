@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any, Final
 
@@ -31,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tightfit.kernels.compiled import BY_SHARED_MEMORY, CAPABILITIES, OLD_CAPABILITIES, Case
+from tightfit.kernels.compiled import CAPABILITIES, OLD_CAPABILITIES, Case, Chip, by_chip, chip_of
 from tightfit.kernels.weights import Int8Weight
 
 SUPPORTED_DTYPES: Final = (torch.float16, torch.bfloat16)
@@ -83,12 +84,12 @@ class Tile:
         return int(triton.cdiv(triton.cdiv(n_in, self.block_k), self.splits)) * self.block_k
 
 
-def choose_tile(n_tokens: int, n_out: int, n_in: int, *, is_small: bool = False) -> Tile:
+def choose_tile(n_tokens: int, n_out: int, n_in: int, *, chip: Chip = Chip.LARGE) -> Tile:
     """By the number of tokens; the splits also by the weight's shape. The fastest of those tried on
     an H100.
 
     Args:
-        is_small: the chip has little shared memory, see `has_small_shared_memory`.
+        chip: that it is for.
     """
     if n_tokens == 1:
         # Rows of 1 KB each, as on an H100 half of the bandwidth is lost with 512 bytes.
@@ -98,10 +99,10 @@ def choose_tile(n_tokens: int, n_out: int, n_in: int, *, is_small: bool = False)
         block_n, num_warps, num_stages = 64, 4, 3
     elif n_tokens <= 64:
         block_t, block_n, block_k, num_warps, num_stages = 64, 128, 128, 8, 3
-        num_stages = 2 if is_small else 3
+        num_stages = 2 if chip is Chip.SMALL else 3
     else:
         block_t, block_n, num_warps, num_stages = 128, 128, 8, 3
-        block_k = 64 if is_small else 128
+        block_k = 64 if chip is Chip.SMALL else 128
     splits = 1
     if n_tokens <= 64:
         wanted = MIN_PROGRAMS["gemv" if n_tokens == 1 else "gemm"] // triton.cdiv(n_out, block_n)
@@ -291,8 +292,8 @@ def w8a16_linear(
         if n_tokens > MAX_TOKENS_ONE_BY_ONE:
             return dequantized_linear(x, weight, bias)
         return _launch(x, weight, bias, choose_tile(1, n_out, n_in))
-    is_small = has_small_shared_memory(x.device, capability)
-    return _launch(x, weight, bias, choose_tile(n_tokens, n_out, n_in, is_small=is_small))
+    chip = chip_of(capability_of(x.device, capability))
+    return _launch(x, weight, bias, choose_tile(n_tokens, n_out, n_in, chip=chip))
 
 
 def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -322,15 +323,11 @@ def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def has_tensor_cores(device: torch.device, capability: int | None = None) -> bool:
     """Triton has tensor cores there; it is asked of torch unless the capability × 10 is given."""
-    return _capability(device, capability) >= TENSOR_CORE_CAPABILITY
+    return capability_of(device, capability) >= TENSOR_CORE_CAPABILITY
 
 
-def has_small_shared_memory(device: torch.device, capability: int | None = None) -> bool:
-    """A thread block gets 100 KB there, not 160 or more; unknown chips count as such."""
-    return _capability(device, capability) not in BY_SHARED_MEMORY[False]
-
-
-def _capability(device: torch.device, capability: int | None) -> int:
+def capability_of(device: torch.device, capability: int | None) -> int:
+    """A device's × 10, unless it is given."""
     if capability is not None:
         return capability
     if device.type != "cuda":
@@ -473,29 +470,27 @@ def _cases(dtype: str) -> Iterator[Case]:
             has_dot=False,
             capabilities=capabilities,
         )  # fmt: skip
-        for n_tokens, (n_out, n_in), is_small in product(
-            TOKEN_COUNTS, WEIGHT_SHAPES, BY_SHARED_MEMORY
-        ):
-            tile = choose_tile(n_tokens, n_out, n_in, is_small=is_small)
-            other = choose_tile(n_tokens, n_out, n_in, is_small=not is_small)
-            if is_small and tile == other:
-                continue
-            chips = CAPABILITIES if tile == other else BY_SHARED_MEMORY[is_small]
-            constants = _constants(tile, has_bias=has_bias)
-            out = "*fp32" if constants["IS_SPLIT"] else f"*{dtype}"
-            split = " split" if constants["IS_SPLIT"] else ""
-            is_gemv = tile.block_t == 1
-            yield Case(
-                name=f"w8a16 T={n_tokens}{' small' if is_small else ''} {dtype}{split or bias}",
-                kernel=_gemv_kernel if is_gemv else _gemm_kernel,
-                types=pointers | {
-                    "out_ptr": out, "T": "i32", "N": "i32", "K": "i32", "k_per_split": "i32",
-                    "stride_xt": "i32",
-                },
-                constants=constants,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                unaligned=frozenset({"T"}),
-                has_dot=not is_gemv,
-                capabilities=capabilities if is_gemv else chips,
-            )  # fmt: skip
+        for n_tokens, (n_out, n_in) in product(TOKEN_COUNTS, WEIGHT_SHAPES):
+            for tile, mark, chips in by_chip(partial(_tile_for, n_tokens, n_out, n_in)):
+                constants = _constants(tile, has_bias=has_bias)
+                out = "*fp32" if constants["IS_SPLIT"] else f"*{dtype}"
+                split = " split" if constants["IS_SPLIT"] else ""
+                is_gemv = tile.block_t == 1
+                yield Case(
+                    name=f"w8a16 T={n_tokens}{mark} {dtype}{split or bias}",
+                    kernel=_gemv_kernel if is_gemv else _gemm_kernel,
+                    types=pointers | {
+                        "out_ptr": out, "T": "i32", "N": "i32", "K": "i32", "k_per_split": "i32",
+                        "stride_xt": "i32",
+                    },
+                    constants=constants,
+                    num_warps=tile.num_warps,
+                    num_stages=tile.num_stages,
+                    unaligned=frozenset({"T"}),
+                    has_dot=not is_gemv,
+                    capabilities=capabilities if is_gemv else chips,
+                )  # fmt: skip
+
+
+def _tile_for(n_tokens: int, n_out: int, n_in: int, chip: Chip) -> Tile:
+    return choose_tile(n_tokens, n_out, n_in, chip=chip)

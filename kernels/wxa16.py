@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -32,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tightfit.kernels.compiled import BY_SHARED_MEMORY, CAPABILITIES, OLD_CAPABILITIES, Case
+from tightfit.kernels.compiled import CAPABILITIES, OLD_CAPABILITIES, Case, Chip, by_chip, chip_of
 from tightfit.kernels.formats import TILE_FEATURES, TILE_PIECE, TILE_ROWS
 from tightfit.kernels.groups import GroupWeight
 from tightfit.kernels.packing import Layout
@@ -41,7 +42,7 @@ from tightfit.kernels.w8a16 import (
     GROUP_T,
     MAX_TOKENS_ONE_BY_ONE,
     SUPPORTED_DTYPES,
-    has_small_shared_memory,
+    capability_of,
     has_tensor_cores,
     tile_of_program,
 )
@@ -80,26 +81,27 @@ class Tile:
 
 
 def choose_tile(
-    bits: int, n_tokens: int, n_out: int, num_tiles: int, *, is_small: bool = False
+    bits: int, n_tokens: int, n_out: int, num_tiles: int, *, chip: Chip = Chip.LARGE
 ) -> Tile:
     """By bits and the number of tokens; the splits also by the weight's shape. The fastest of those
     tried on an H100.
 
     Args:
         num_tiles: tiles of one row of tiles, K / 128 or K / 256 rounded up.
-        is_small: the chip has little shared memory, see `w8a16.has_small_shared_memory`.
+        chip: that it is for.
     """
     step = 1
     if n_tokens <= 32:
         block_t = 16 if n_tokens <= 16 else 32
-        block_n, num_warps, num_stages = (128 if bits == 4 else 64), 4, 4
+        is_wide = bits == 4 and chip is not Chip.NEWEST
+        block_n, num_warps, num_stages = (128 if is_wide else 64), 4, 4
     elif n_tokens <= 64:
         block_t, block_n, num_warps = 64, 128, 8
         num_stages = 3 if bits == 4 else 2
     else:
         block_t = 128 if bits == 4 else 64
         block_n, num_warps = 128, 8
-        num_stages = 2 if is_small or bits == 3 else 3
+        num_stages = 2 if chip is Chip.SMALL or bits == 3 else 3
     splits = 1
     if n_tokens <= 64:
         wanted = triton.cdiv(MIN_PROGRAMS, triton.cdiv(n_out, block_n))
@@ -117,7 +119,7 @@ def choose_tile(
 
 def one_token_tile(bits: int, n_out: int, num_tiles: int) -> Tile:
     """Of the kernel without tensor cores."""
-    step, block_n = (4, 4) if bits == 4 else (2, 4)  # with more, 3 bits spill registers
+    step, block_n = (4, 4) if bits == 4 else (2, 8)
     steps = triton.cdiv(num_tiles, step)
     wanted = 8192 // triton.cdiv(n_out, block_n)
     splits = max(1, min(wanted, steps // MIN_STEPS_PER_SPLIT))
@@ -322,8 +324,8 @@ def wxa16_linear(
     x = x if x.stride(1) == 1 else x.contiguous()
     num_tiles = weight.packed.shape[1]
     if has_tensor_cores(x.device, capability):
-        is_small = has_small_shared_memory(x.device, capability)
-        tile = choose_tile(weight.bits, n_tokens, n_out, num_tiles, is_small=is_small)
+        chip = chip_of(capability_of(x.device, capability))
+        tile = choose_tile(weight.bits, n_tokens, n_out, num_tiles, chip=chip)
         return _launch(x, weight, bias, tile)
     if n_tokens <= MAX_TOKENS_ONE_BY_ONE:
         return _launch(x, weight, bias, one_token_tile(weight.bits, n_out, num_tiles))
@@ -442,7 +444,7 @@ def _group_pieces(weight: GroupWeight) -> int:
     return weight.group_size // TILE_PIECE
 
 
-SHAPES: Final = {False: (250_880, 14_336), True: (14_336, 14_336)}
+SHAPES: Final = ((250_880, 14_336), (14_336, 14_336))
 """(N, K) of real layers without and with splits at few tokens, groups of 128."""
 
 
@@ -466,27 +468,26 @@ def _product_cases(bits: int, dtype: str) -> Iterator[Case]:
         "T", "N", "K", "G", "group_pieces", "num_tiles", "tiles_per_split", "stride_xt",
     )  # fmt: skip
     for n_tokens in (1, 16, 32, 64, 512):
-        for wants_split, (n_out, n_in) in SHAPES.items():
+        for n_out, n_in in SHAPES:
             num_tiles = n_in // TILE_FEATURES[bits]
-            large, small = (
-                choose_tile(bits, n_tokens, n_out, num_tiles, is_small=is_small)
-                for is_small in (False, True)
-            )
-            tiles = [(False, CAPABILITIES if large == small else BY_SHARED_MEMORY[False], large)]
-            if small != large:
-                tiles.append((False, BY_SHARED_MEMORY[True], small))
+            tiles = [
+                (False, mark, chips, tile)
+                for tile, mark, chips in by_chip(
+                    partial(_tile_for, bits, n_tokens, n_out, num_tiles)
+                )
+            ]
             if n_tokens == 1:
-                tiles.append((True, _capabilities(dtype), one_token_tile(bits, n_out, num_tiles)))
-            for is_gemv, capabilities, tile in tiles:
-                is_split = wants_split and tile.splits > 1
+                tile = one_token_tile(bits, n_out, num_tiles)
+                tiles.append((True, "", _capabilities(dtype), tile))
+            for is_gemv, mark, capabilities, tile in tiles:
+                is_split = tile.splits > 1
                 constants: dict[str, Any] = {
                     "HAS_BIAS": True, "IS_SPLIT": is_split, "BITS": bits,
                     "BLOCK_N": tile.block_n, "STEP": tile.step,
                 }  # fmt: skip
                 if not is_gemv:
                     constants |= _gemm_constants(tile, 128, n_in) | {"PTX": True}
-                kind = "one token without tensor cores" if is_gemv else f"T={n_tokens}"
-                kind += " small" if capabilities == BY_SHARED_MEMORY[True] else ""
+                kind = "one token without tensor cores" if is_gemv else f"T={n_tokens}{mark}"
                 yield Case(
                     name=f"wxa16 {bits} bits {kind} {dtype}{' split' if is_split else ''}",
                     kernel=_gemv_kernel if is_gemv else _gemm_kernel,
@@ -504,6 +505,10 @@ def _product_cases(bits: int, dtype: str) -> Iterator[Case]:
                     has_dot=not is_gemv,
                     capabilities=capabilities,
                 )  # fmt: skip
+
+
+def _tile_for(bits: int, n_tokens: int, n_out: int, num_tiles: int, chip: Chip) -> Tile:
+    return choose_tile(bits, n_tokens, n_out, num_tiles, chip=chip)
 
 
 def _other_cases(bits: int, dtype: str) -> Iterator[Case]:

@@ -35,6 +35,15 @@ def found():
     return compiled
 
 
+WIDEST_LOADS = {("wxa16 3 bits T", 90): 8}
+"""Where it is not 16 bytes: a Hopper takes the tiles of 3 bits, whose elements are single bytes, in
+halves of that."""
+
+
+def _kind(one):
+    return one.name.partition("=")[0], one.capability
+
+
 @pytest.mark.slow
 def test_the_code_spills_nothing_fits_shared_memory_and_uses_what_the_chip_has(found):
     assert {one.capability for one in found} == {*CAPABILITIES, *OLD_CAPABILITIES}
@@ -43,7 +52,7 @@ def test_the_code_spills_nothing_fits_shared_memory_and_uses_what_the_chip_has(f
         assert one.stack_bytes == 0, where
         assert one.shared_bytes <= one.shared_limit_bytes, where
         assert (one.num_tensor_ops > 0) is one.has_dot, where
-        assert one.widest_load_bytes == 16, where
+        assert one.widest_load_bytes == WIDEST_LOADS.get(_kind(one), 16), where
 
 
 @pytest.mark.slow
