@@ -75,7 +75,7 @@ quality: $(READY) ## Measure what each format costs in perplexity, and write doc
 # Its own set-up is what a GPU machine has: a Python with torch for CUDA, Triton and pytest.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 gpu-check: ## On a machine with a CUDA GPU: check and time every kernel, and write docs/gpu.md
-	PYTHONPATH=src $(GPU_PYTHON) bench/gpu_check.py
+	PYTHONPATH=src:$$PYTHONPATH $(GPU_PYTHON) bench/gpu_check.py
 
 kernels: $(READY) ## Compile the GPU kernels for every chip, and write docs/kernels.md
 	$(BIN)/python tools/kernel_report.py --write

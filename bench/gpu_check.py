@@ -26,7 +26,16 @@ from typing import Any
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("tests/kernels", "tests/gpu")
+TESTS = (
+    "tests/gpu",
+    *(
+        f"tests/kernels/test_{name}.py"
+        for name in (
+            "paged_attention", "kv_write", "wxa16", "w8a16", "llm_int8", "sampling", "norm",
+            "activation",
+        )
+    ),
+)  # fmt: skip
 LARGEST_ERROR = {"int8": 0.01, "int4": 0.01, "int3": 0.01, "llm_int8": 0.03}
 """‖error‖ / ‖y‖ with bf16 activations; LLM.int8() rounds activations to 8 bits besides."""
 MODEL_LAYERS = {"BLOOM-176B": 70}
@@ -104,7 +113,7 @@ def run_tests(limit_s: float) -> dict[str, Any]:
     """
     command = [
         sys.executable, "-m", "pytest", "-q", "--tb=short", "--maxfail=20",
-        "-p", "no:cacheprovider", "-p", "no:benchmark", *TESTS, "-k", "not compiled",
+        "-p", "no:cacheprovider", "-p", "no:benchmark", *TESTS,
     ]  # fmt: skip
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(16, os.cpu_count() or 1))]

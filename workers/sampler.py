@@ -12,6 +12,7 @@ probable tokens the lower id is the more probable one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -59,13 +60,19 @@ def sample(
     if not bool(finite.all()):
         _refuse(sequence_ids[finite.tolist().index(False)])
     chosen: list[int] = best.tolist()
+    draws: dict[int, Tensor] = {}
     for i, spec in enumerate(specs):
         is_adjusted = bool(spec.logit_bias or spec.banned_token_ids or spec.history_token_ids)
         row = _adjusted(logits[i], spec) if is_adjusted else logits[i]
         if spec.temperature > 0:
-            chosen[i] = _draw(row, spec, uniform(spec.seed, positions[i]))
+            draws[i] = row
         elif is_adjusted:
             chosen[i] = int(row.argmax())
+    if draws:
+        numbers = [uniform(specs[i].seed, positions[i]) for i in draws]
+        drawn = _draw_all(list(draws.values()), [specs[i] for i in draws], numbers)
+        for i, token in zip(draws, drawn, strict=True):
+            chosen[i] = token
     return [
         SampledToken(sequence_id=sequence_ids[i], token_id=chosen[i])
         if spec.num_logprobs is None
@@ -129,6 +136,30 @@ def _adjusted(logits: Tensor, spec: SamplingSpec) -> Tensor:
         ids_out, counts = torch.unique(output, return_counts=True)
         row[ids_out] -= spec.frequency_penalty * counts + spec.presence_penalty
     return row
+
+
+def _draw_all(
+    rows: Sequence[Tensor], specs: Sequence[SamplingSpec], numbers: Sequence[float]
+) -> list[int]:
+    """The token of each row [V] at its number; on a GPU of all rows at once, as every question that
+    the host asks of it waits for all that is under way."""
+    if not rows[0].is_cuda:
+        return [_draw(*one) for one in zip(rows, specs, numbers, strict=True)]
+    from tightfit.kernels import sampling  # imports Triton, which a CPU host need not have
+
+    logits = torch.stack(tuple(rows))
+    make = partial(torch.tensor, device=logits.device)
+    temperatures = [max(spec.temperature, LEAST_TEMPERATURE) for spec in specs]
+    drawn = sampling.sample(
+        logits,
+        temperature=make(temperatures, dtype=torch.float32),
+        top_k=make([spec.top_k for spec in specs], dtype=torch.int32),
+        top_p=make([spec.top_p for spec in specs], dtype=torch.float64),
+        min_p=make([spec.min_p for spec in specs], dtype=torch.float32),
+        uniform=make(numbers, dtype=torch.float64),
+    )
+    token_ids: list[int] = drawn.token_ids.tolist()
+    return token_ids
 
 
 def _draw(row: Tensor, spec: SamplingSpec, number: float) -> int:
