@@ -1,4 +1,4 @@
-"""A few blocks as wide as BLOOM-176B's through two stages on one GPU.
+"""Some blocks as wide as BLOOM-176B's through two stages on one GPU.
 
 The stages are those that serve: hidden states go from one to the other as bytes. Their layers name
 one stored block (`wide_models`), so that a stage holds one, and reads it once for each layer.
@@ -19,7 +19,9 @@ from tightfit.workers.api import MicroBatch, SamplingSpec, SequenceSlice, StageS
 from tightfit.workers.link import StepMessage
 from tightfit.workers.stage import Stage
 
-LAYERS, VOCABULARY, BLOCK_SIZE = 4, 4096, 16
+DEPTHS = (4, 12)
+"""Layers: two numbers of them tell a layer's time from that of stages, hops and head."""
+VOCABULARY, BLOCK_SIZE = 4096, 16
 PROMPT_TOKENS, DECODE_STEPS, WARM_STEPS = 512, 24, 4
 SEED = 7
 
@@ -28,32 +30,33 @@ SEED = 7
 class Blocks:
     """What one format came to."""
 
+    layers: int
     format: str
     kv_format: str
     num_sequences: int
     prefill_ms: float
-    """Of 512 tokens, all layers, both stages."""
+    """Of 512 tokens, all layers, both stages, kernels compiled."""
     decode_ms: float
     """Of one step, all layers, both stages and the bytes between them: median."""
-    layer_ms: float
-    """Forward of one layer in a decode step, as the stages time it, head and sampling excluded."""
-    predicted_bytes: int
-    """Weights and KV cache of both stages."""
+    held_bytes: int
+    """Weights and KV cache of both stages, as predicted."""
+    workspace_bytes: int
+    """What both may need besides, as predicted."""
     measured_bytes: int
-    """What the allocator gave out for them."""
+    """What the allocator has given out when both have loaded."""
     tokens: tuple[int, ...]
     """Of the first sequence."""
 
 
-def save(path: Path) -> None:
+def save(path: Path, layers: int) -> None:
     """The checkpoint, in bf16."""
-    config = wide_models.resized(wide_models.BLOOM_176B, layers=LAYERS, vocab_size=VOCABULARY)
+    config = wide_models.resized(wide_models.BLOOM_176B, layers=layers, vocab_size=VOCABULARY)
     wide_models.save_source(path, config)
 
 
 class _Pipeline:
-    def __init__(self, path: Path, fmt: str, kv_format: str, num_blocks: int) -> None:
-        half = LAYERS // 2
+    def __init__(self, path: Path, layers: int, fmt: str, kv_format: str, num_blocks: int) -> None:
+        half = layers // 2
         self.stages = [
             Stage(
                 StageSpec(
@@ -80,27 +83,27 @@ class _Pipeline:
         return message, time.perf_counter() - started
 
 
-def run(path: Path, fmt: str, kv_format: str, num_sequences: int) -> Blocks:
+def run(path: Path, layers: int, fmt: str, kv_format: str, num_sequences: int) -> Blocks:
     """Prefill each sequence, then decode all of them together."""
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     length = PROMPT_TOKENS + WARM_STEPS + DECODE_STEPS
     per_sequence = -(-length // BLOCK_SIZE)
-    pipeline = _Pipeline(path, fmt, kv_format, num_sequences * per_sequence)
+    pipeline = _Pipeline(path, layers, fmt, kv_format, num_sequences * per_sequence)
     gc.collect()
     measured = torch.cuda.memory_allocated() - before
     memories = [stage.memory() for stage in pipeline.stages]
-    predicted = sum(m.predicted_weight_bytes + m.kv_cache_bytes for m in memories)
     generator = torch.Generator().manual_seed(SEED)
     prompts = torch.randint(VOCABULARY, (num_sequences, PROMPT_TOKENS), generator=generator)
     tables = [list(range(i * per_sequence, (i + 1) * per_sequence)) for i in range(num_sequences)]
+    pipeline.run([_slice(0, tables[0], 0, prompts[0].tolist())])  # compiles
     newest, prefills = [], []
     for i, prompt in enumerate(prompts.tolist()):
         result, seconds = pipeline.run([_slice(i, tables[i], 0, prompt)])
         newest.append(result.tokens[0].token_id)
         prefills.append(seconds)
-    tokens, times, forwards = [newest[0]], [], []
+    tokens, times = [newest[0]], []
     for step in range(WARM_STEPS + DECODE_STEPS - 1):
         position = PROMPT_TOKENS + step
         result, seconds = pipeline.run(
@@ -110,15 +113,15 @@ def run(path: Path, fmt: str, kv_format: str, num_sequences: int) -> Blocks:
         tokens.append(newest[0])
         if step >= WARM_STEPS:
             times.append(seconds)
-            forwards.append(result.forward_s[0])
     return Blocks(
+        layers=layers,
         format=fmt,
         kv_format=kv_format,
         num_sequences=num_sequences,
         prefill_ms=min(prefills) * 1e3,
         decode_ms=statistics.median(times) * 1e3,
-        layer_ms=statistics.median(forwards) * 1e3 / (LAYERS // 2),
-        predicted_bytes=predicted,
+        held_bytes=sum(m.predicted_weight_bytes + m.kv_cache_bytes for m in memories),
+        workspace_bytes=sum(m.workspace_bytes for m in memories),
         measured_bytes=measured,
         tokens=tuple(tokens),
     )
