@@ -7,7 +7,6 @@ import pytest
 import quantized_checkpoints
 import tiny_models
 import torch
-from harness import gguf
 from safetensors.torch import load_file, save_file
 from shard_chain import Chain, part, random_tokens, tables
 from transformers import BloomForCausalLM
@@ -140,12 +139,6 @@ def test_a_shared_tensor_is_read_and_counted_once(tmp_path):
     layers = {int(LAYER.search(name)[3]) for name in read if "fc1.weight" in name}
     assert layers == {0, ORIGIN}
     assert reports[-1].bytes_done == reports[-1].bytes_total > 0
-
-
-def test_no_two_tensors_of_a_gguf_file_have_one_place():
-    checkpoint = open_checkpoint(gguf())
-    places = {checkpoint.place(name) for name in checkpoint.names()}
-    assert len(places) == len(checkpoint.names()) > 200
 
 
 def test_transformers_reads_what_the_test_ties(tmp_path):
