@@ -4,6 +4,7 @@ All 70 layers are `make full-width`.
 """
 
 import math
+import shutil
 
 import pytest
 import wide_models
@@ -27,8 +28,9 @@ def quantized(tmp_path_factory):
     config = wide_models.resized(wide_models.BLOOM_176B, layers=1, vocab_size=VOCAB)
     wide_models.save_source(path / "source", config)
     said, peak = wide_models.quantize(path / "source", path / "int4", "--format", "int4")
-    (path / "source" / "pytorch_model.bin").unlink()
-    return path / "int4", said, peak
+    shutil.rmtree(path / "source")
+    yield path / "int4", said, peak
+    shutil.rmtree(path)  # pytest would keep 1.3 GB of each of the last runs
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,7 @@ def served(quantized, tmp_path_factory):
     )  # fmt: skip
     with Served(path, *flags) as served:
         yield served
+    shutil.rmtree(path)
 
 
 def test_quantising_a_full_width_block_takes_less_than_one_in_fp32(quantized):

@@ -54,6 +54,12 @@ def test_slow_ops_end_in_time_with_an_extrapolated_answer():
     assert crossover == math.ceil(1.0 / 0.05)
 
 
+def test_ops_of_seconds_are_run_once():
+    machine = Machine(lambda t: 0.1 * t, lambda t: 3.0)
+    assert machine.crossover(limit_s=0.5) == 30
+    assert machine.now == pytest.approx(0.2 + 3.0)
+
+
 @pytest.mark.parametrize("fmt", [Format.FP32, Format.BF16])
 def test_without_a_choice_nothing_is_measured(fmt):
     linear = quantize_linear(torch.ones(64, 64), None, fmt)
