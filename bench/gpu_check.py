@@ -265,8 +265,9 @@ def _block_table(found: list[dict[str, Any]]) -> list[str]:
         "",
         "Blocks of BLOOM-176B's width, half of them on each of two stages on this GPU, hidden "
         "states between them as bytes through the host; context 512 and more. A stage's layers "
-        "name one stored block, which it reads once for each. Bytes: weights and KV cache as predicted, and "
-        "what the allocator had given out when both stages had loaded, graphs included.",
+        "name one stored block, which it reads once for each. Bytes: weights and KV cache as "
+        "predicted, and what the allocator had given out when both stages had loaded, graphs "
+        "included.",
         "",
         "| layers | format | KV | sequences | prefill of 512, ms | decode step, ms | bytes "
         "predicted | measured |",
