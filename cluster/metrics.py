@@ -141,6 +141,9 @@ class Metrics:
         self._rss_bytes = self._gauge(
             "stage_rss_anon_bytes", "Anonymous resident memory of a stage's process.", ["stage"]
         )
+        self._gpu_bytes = self._gauge(
+            "stage_gpu_bytes", "Given out to a stage by its GPU's allocator.", ["stage"]
+        )
 
     def _define_recovery(self) -> None:
         self._recoveries = self._counter("recoveries", "Stages replaced after a loss.")
@@ -219,6 +222,7 @@ class Metrics:
             self._kv_bytes.labels(stage).set(memory.kv_cache_bytes)
             self._workspace_bytes.labels(stage).set(memory.workspace_bytes)
             self._rss_bytes.labels(stage).set(memory.rss_anon_bytes)
+            self._gpu_bytes.labels(stage).set(memory.gpu_bytes)
 
     def count_recovery(self, *, seconds: float, num_replayed_tokens: int) -> None:
         """A lost stage was replaced, `seconds` after its loss."""

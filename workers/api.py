@@ -197,6 +197,8 @@ class StageMemory:
     rss_anon_bytes: int
     budget_bytes: int | None
     num_kv_blocks: int
+    gpu_bytes: int = 0
+    """What the GPU's allocator has given out to the stage."""
     host_bytes: int = 0
     """Of an embedding that is to be on the host and could not stay in its file. On a CPU device it
     counts against the budget, though not as a weight."""

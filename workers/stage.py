@@ -85,6 +85,7 @@ class Stage:
         if spec.device != "cpu" and self._budget is None:
             self._budget = free_gpu_bytes(spec.device)
         base_rss = rss_anon_bytes()
+        self._base_gpu_bytes = self._gpu_bytes()
         checkpoint = open_checkpoint(spec.model_path)
         try:
             self.config = decoder_config(checkpoint.config)
@@ -190,8 +191,12 @@ class Stage:
             rss_anon_bytes=max(0, rss_anon_bytes() - self._base_rss),
             budget_bytes=self._budget,
             num_kv_blocks=self.num_kv_blocks,
+            gpu_bytes=self._gpu_bytes() - self._base_gpu_bytes,
             host_bytes=self._host_bytes,
         )
+
+    def _gpu_bytes(self) -> int:
+        return 0 if self.spec.device == "cpu" else torch.cuda.memory_allocated(self.spec.device)
 
     def status(self, *, node_id: str) -> StageStatus:
         """What this stage is, holds and has done."""

@@ -250,6 +250,7 @@ def _stage(status: StageStatus) -> cluster_pb2.Stage:
             workspace_bytes=memory.workspace_bytes,
             rss_anon_bytes=memory.rss_anon_bytes,
             budget_bytes=memory.budget_bytes or 0,
+            gpu_bytes=memory.gpu_bytes,
         ),
     )
 

@@ -67,6 +67,7 @@ class StageMemory(_message.Message):
     WORKSPACE_BYTES_FIELD_NUMBER: _builtins.int
     RSS_ANON_BYTES_FIELD_NUMBER: _builtins.int
     BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    GPU_BYTES_FIELD_NUMBER: _builtins.int
     predicted_weight_bytes: _builtins.int
     """Weights as predicted from shapes before loading, in bytes."""
     weight_bytes: _builtins.int
@@ -79,6 +80,8 @@ class StageMemory(_message.Message):
     """Anonymous resident memory that the stage added to its process, in bytes."""
     budget_bytes: _builtins.int
     """Most that it may take; 0: no limit."""
+    gpu_bytes: _builtins.int
+    """What the GPU's allocator has given out to the stage, in bytes; 0 on a CPU."""
     def __init__(
         self,
         *,
@@ -88,10 +91,11 @@ class StageMemory(_message.Message):
         workspace_bytes: _builtins.int = ...,
         rss_anon_bytes: _builtins.int = ...,
         budget_bytes: _builtins.int = ...,
+        gpu_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "kv_cache_bytes", b"kv_cache_bytes", "predicted_weight_bytes", b"predicted_weight_bytes", "rss_anon_bytes", b"rss_anon_bytes", "weight_bytes", b"weight_bytes", "workspace_bytes", b"workspace_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "gpu_bytes", b"gpu_bytes", "kv_cache_bytes", b"kv_cache_bytes", "predicted_weight_bytes", b"predicted_weight_bytes", "rss_anon_bytes", b"rss_anon_bytes", "weight_bytes", b"weight_bytes", "workspace_bytes", b"workspace_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
