@@ -17,8 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +27,7 @@ import safetensors.torch
 import torch
 
 from tightfit.cluster.tokenizer import load_tokenizer
-from tightfit.kernels import cpu
+from tightfit.kernels.formats import OUTLIER_THRESHOLD
 from tightfit.workers.api import MicroBatch, SequenceSlice, StageSpec
 from tightfit.workers.checkpoint import open_checkpoint
 from tightfit.workers.decoder_config import decoder_config
@@ -118,7 +117,13 @@ def _windows(tokens: list[int], size: int) -> list[list[int]]:
 
 @torch.inference_mode()
 def perplexity(
-    path: Path, text: Text, fmt: str = "auto", *, kv: str = "auto", use_many: bool | None = None
+    path: Path,
+    text: Text,
+    fmt: str = "auto",
+    *,
+    kv: str = "auto",
+    use_many: bool | None = None,
+    threshold: float = OUTLIER_THRESHOLD,
 ) -> float:
     """Of the held-out windows, each by itself, its keys and values written to the cache first and
     read from there; `use_many` overrules the measured crossover."""
@@ -127,6 +132,7 @@ def perplexity(
     spec = StageSpec(
         model_path=str(path), stage_index=0, num_stages=1, first_layer=0,
         end_layer=config.num_layers, format=fmt, kv_format=kv, block_size=BLOCK,
+        llm_int8_threshold=threshold,
     )  # fmt: skip
     shard = ShardModel.load(checkpoint, config, spec)
     checkpoint.close()
@@ -248,17 +254,6 @@ def plant_outliers(source: Path, target: Path) -> None:
     safetensors.torch.save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
 
 
-@contextmanager
-def _no_outliers() -> Iterator[None]:
-    """LLM.int8() without its decomposition: all columns in int8."""
-    before = vars(cpu)["OUTLIER_THRESHOLD"]
-    vars(cpu)["OUTLIER_THRESHOLD"] = math.inf
-    try:
-        yield
-    finally:
-        vars(cpu)["OUTLIER_THRESHOLD"] = before
-
-
 def planted(text: Text, work: Path) -> list[Row]:
     """With outlier features, where activations in plain int8 fail."""
     path = work / "planted"
@@ -267,8 +262,7 @@ def planted(text: Text, work: Path) -> list[Row]:
     rows.append(Row(name="`int8`", perplexity=perplexity(path, text, "int8")))
     full = perplexity(path, text, "llm_int8", use_many=True)
     rows.append(Row(name="`llm_int8`, prefill", perplexity=full))
-    with _no_outliers():
-        plain = perplexity(path, text, "llm_int8", use_many=True)
+    plain = perplexity(path, text, "llm_int8", use_many=True, threshold=math.inf)
     rows.append(Row(name="int8 × int8 without outlier columns", perplexity=plain))
     return rows
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.hub import parse_hub_name
 from tightfit.cluster.settings import Option, Values, build, read_file
-from tightfit.kernels.formats import SUPPORTED_FORMATS, KVFormat
+from tightfit.kernels.formats import OUTLIER_THRESHOLD, SUPPORTED_FORMATS, KVFormat
 from tightfit.workers.model_formats import AUTO
 
 DEFAULT_LISTEN = "127.0.0.1:50051"
@@ -62,6 +62,14 @@ class ServeConfig:
             choices=(AUTO, *map(str, SUPPORTED_FORMATS)),
         ),
     ] = AUTO
+    llm_int8_threshold: Annotated[
+        float,
+        Option(
+            "Size of an activation from which llm_int8 keeps its feature in 16 bits; lower is more "
+            "exact and slower.",
+            at_least=0,
+        ),
+    ] = OUTLIER_THRESHOLD
     kv_format: Annotated[
         str,
         Option(

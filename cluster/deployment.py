@@ -68,6 +68,7 @@ def chosen_formats(config: ServeConfig, model: ModelDescription) -> ModelFormats
             head=config.head_format,
             kv=config.kv_format,
             embedding_place=config.embedding_place,
+            outlier_threshold=config.llm_int8_threshold,
             device=config.device,
         )
     except ValueError as error:
@@ -102,6 +103,7 @@ def stage_specs(config: ServeConfig, model: ModelDescription) -> list[StageSpec]
             head_format=config.head_format,
             kv_format=config.kv_format,
             embedding_place=config.embedding_place,
+            llm_int8_threshold=config.llm_int8_threshold,
             device=config.device,
             memory_budget_bytes=config.memory_budget_bytes,
             block_size=config.block_size,

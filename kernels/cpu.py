@@ -21,7 +21,6 @@ from tightfit.kernels.formats import default_group_size
 from tightfit.kernels.groups import GroupWeight, Quantized, pack_groups, quantize_groups
 from tightfit.kernels.ops import Kernel
 from tightfit.kernels.packing import BLOCK_ROWS, Layout, pack_blocks
-from tightfit.kernels.reference import OUTLIER_THRESHOLD
 from tightfit.kernels.weights import INT8_MAX, Int8Weight
 
 PACKED_K_MULTIPLE: Final = 16
@@ -92,7 +91,7 @@ def bind_llm_int8(weight: Int8Weight, bias: Tensor | None) -> Kernel:
     y = ((x8 · w8ᵀ) · sx + x_out · w8_outᵀ) · sw + b, the sums in int32 and fp32. A NaN or infinity
     in one row leaves the other rows' products finite.
     """
-    values, scale = weight.values, weight.scale
+    values, scale, threshold = weight.values, weight.scale, weight.outlier_threshold
     if values.shape[1] < 2:  # torch._int_mm misreads the strides of a [1, N] view
         return bind_int8_dequantized(weight, bias)
     transposed = values.t()
@@ -101,8 +100,8 @@ def bind_llm_int8(weight: Int8Weight, bias: Tensor | None) -> Kernel:
         magnitude = x.abs()
         absmax = magnitude.amax(dim=1, keepdim=True)
         regular, columns = x, None
-        if not absmax.max().item() < OUTLIER_THRESHOLD:
-            columns = (magnitude.amax(dim=0) >= OUTLIER_THRESHOLD).nonzero().view(-1)
+        if not absmax.max().item() < threshold:
+            columns = (magnitude.amax(dim=0) >= threshold).nonzero().view(-1)
             absmax = magnitude.index_fill_(1, columns, 0.0).amax(dim=1, keepdim=True)
             regular = x.index_fill(1, columns, 0.0)
         scale_x = absmax.float().clamp_min_(TINY).div_(INT8_MAX)

@@ -5,6 +5,7 @@ Adding a format is one entry in `CPU_OPS` and one in `cuda.OPS`; the decoder see
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from tightfit.kernels import cpu
 from tightfit.kernels.crossover import MEASURE_LIMIT_S, NEVER, find_crossover
-from tightfit.kernels.formats import Format, activation_dtype
+from tightfit.kernels.formats import OUTLIER_THRESHOLD, Format, activation_dtype
 from tightfit.kernels.groups import GroupWeight, Quantized, pack_groups, quantize_groups
 from tightfit.kernels.ops import Kernel, OpPair, PackedWeight, dense_ops, hold_int8, pack_int8
+from tightfit.kernels.weights import Int8Weight
 
 __all__ = [
     "CPU_OPS",
@@ -132,6 +134,12 @@ def _ordered(kernel: Kernel, order: Tensor | None) -> Kernel:
     return lambda x: kernel(x.index_select(1, order))
 
 
+def _with_threshold(weight: PackedWeight, outlier_threshold: float) -> PackedWeight:
+    if isinstance(weight, Int8Weight):
+        return replace(weight, outlier_threshold=outlier_threshold)
+    return weight
+
+
 def _checked_shape(weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
     """(N, K) of a weight whose bias, if any, fits it."""
     if weight.ndim != 2:
@@ -148,6 +156,7 @@ def quantize_linear(
     fmt: Format,
     *,
     group_size: int | None = None,
+    outlier_threshold: float = OUTLIER_THRESHOLD,
     device: str = "cpu",
 ) -> Linear:
     """Put one layer's weight into `fmt`, in one pass; the result shares no memory with `weight`.
@@ -157,12 +166,13 @@ def quantize_linear(
         bias: [N] or None.
         fmt: wanted format.
         group_size: input features that share a scale in `int4` and `int3`; None: the default.
+        outlier_threshold: of `llm_int8`.
         device: torch device name.
     Raises:
         ValueError: no such format on this device, shapes that do not fit, or non-finite weights.
     """
     ops, shape = _ops(fmt, device), _checked_shape(weight, bias)
-    packed = ops.pack(weight.detach(), group_size, device)
+    packed = _with_threshold(ops.pack(weight.detach(), group_size, device), outlier_threshold)
     return Linear(fmt, packed, bias, shape=shape, device=device)
 
 
@@ -172,6 +182,7 @@ def hold_linear(
     fmt: Format,
     *,
     order: Tensor | None = None,
+    outlier_threshold: float = OUTLIER_THRESHOLD,
     device: str = "cpu",
 ) -> Linear:
     """Take one layer's weight that is quantised already, its numbers kept but for scales rounded to
@@ -182,6 +193,7 @@ def hold_linear(
         bias: [N] or None.
         fmt: `int8`, `llm_int8`, `int4` or `int3`, of as many bits.
         order: [K] whole numbers: column i of the weight belongs to input feature order[i].
+        outlier_threshold: of `llm_int8`.
         device: torch device name.
     Raises:
         ValueError: the format cannot hold these numbers, or shapes that do not fit.
@@ -190,7 +202,8 @@ def hold_linear(
     if ops.hold is None:
         raise ValueError(f"{fmt} holds no quantised numbers")
     index = None if order is None else order.to(device, torch.int32)
-    return Linear(fmt, ops.hold(weight.to(device)), bias, shape=shape, order=index, device=device)
+    packed = _with_threshold(ops.hold(weight.to(device)), outlier_threshold)
+    return Linear(fmt, packed, bias, shape=shape, order=index, device=device)
 
 
 def measure_crossover(linear: Linear, *alike: Linear, limit_s: float = MEASURE_LIMIT_S) -> int:

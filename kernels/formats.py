@@ -47,6 +47,10 @@ VALUES_PER_PACK = {4: 2, 3: 32}
 
 BYTES_PER_PACK = {4: 1, 3: 12}
 
+OUTLIER_THRESHOLD = 6.0
+"""|x| from which LLM.int8() takes a feature's column for an outlier (arXiv 2208.07339, section
+3.2)."""
+
 TILE_ROWS = 64
 TILE_FEATURES = {4: 128, 3: 256}
 """Output and input features of one tile of `packing.Layout.TILES`, by bits."""

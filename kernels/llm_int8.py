@@ -1,6 +1,6 @@
 """LLM.int8() on a GPU (arXiv 2208.07339): outlier columns in 16 bit, the rest in int8 × int8.
 
-    O = {k : any t has |x[t, k]| ≥ 6}
+    O = {k : any t has |x[t, k]| ≥ 6}, or another threshold
     sx[t] = max_{k ∉ O} |x[t, k]| / 127, 1 for a row of zeros
     x8[t, k] = round(x[t, k] / sx[t]), half to even; 0 for k ∈ O
     y[t, n] = (Σ_k x8[t, k] · w8[n, k] · sx[t] + Σ_{k ∈ O} x[t, k] · w8[n, k]) · sw[n] + bias[n]
@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tightfit.kernels.compiled import Case
-from tightfit.kernels.reference import OUTLIER_THRESHOLD
+from tightfit.kernels.formats import OUTLIER_THRESHOLD
 from tightfit.kernels.w8a16 import (
     GROUP_T,
     SUPPORTED_DTYPES,
@@ -213,11 +213,12 @@ class QuantizedInput:
     """[1] int32, on the device: how many."""
 
 
-def quantize_input(x: Tensor) -> QuantizedInput:
+def quantize_input(x: Tensor, threshold: float = OUTLIER_THRESHOLD) -> QuantizedInput:
     """Split and quantise x; see `reference.quantize_input`.
 
     Args:
         x: [T, K] fp16 or bf16; rows may be a slice of wider ones.
+        threshold: |x| from which a column is an outlier.
     Raises:
         ValueError: of another shape or dtype, or empty.
     """
@@ -238,7 +239,7 @@ def quantize_input(x: Tensor) -> QuantizedInput:
     block_t, block_k = FLAG_BLOCK
     _flag_kernel[(triton.cdiv(n_in, block_k),)](
         x, flags, n_tokens, n_in, x.stride(0),
-        THRESHOLD=OUTLIER_THRESHOLD, BLOCK_T=block_t, BLOCK_K=block_k,
+        THRESHOLD=threshold, BLOCK_T=block_t, BLOCK_K=block_k,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     _compact_kernel[(1,)](
@@ -276,7 +277,7 @@ def llm_int8_linear(
         raise ValueError(f"K must be at most {MAX_IN} for sums in int32, got {n_in}")
     if x.numel() == 0 or n_out == 0 or not has_tensor_cores(x.device, capability):
         return w8a16_linear(x, weight, bias, capability=capability)
-    split = quantize_input(x)
+    split = quantize_input(x, weight.outlier_threshold)
     tile = choose_tile(n_tokens)
     y = x.new_empty((n_tokens, n_out))
     scale = weight.scale.view(torch.int16)

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tightfit.kernels.formats import OUTLIER_THRESHOLD
 from tightfit.kernels.groups import GroupWeight
 from tightfit.kernels.weights import INT8_MAX, Int8Weight
-
-OUTLIER_THRESHOLD: Final = 6.0
-"""|x| from which a feature column is an outlier (arXiv 2208.07339, section 3.2)."""
 
 
 def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
@@ -31,11 +29,13 @@ def group_linear(x: Tensor, weight: GroupWeight, bias: Tensor | None = None) -> 
     return y if bias is None else y + bias.to(x.dtype)
 
 
-def quantize_input(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_input(
+    x: Tensor, threshold: float = OUTLIER_THRESHOLD
+) -> tuple[Tensor, Tensor, Tensor]:
     """x as LLM.int8() multiplies it; computed in fp32, whatever x's dtype is.
 
-    A column k is an outlier when any |x[:, k]| ≥ 6. The other columns are quantised row by row with
-    their own absmax.
+    A column k is an outlier when any |x[:, k]| reaches the threshold. The other columns are
+    quantised row by row with their own absmax.
 
     Args:
         x: [T, K] floating, finite.
@@ -43,7 +43,7 @@ def quantize_input(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x8 [T, K] int8, rounded half to even and 0 in outlier columns; its scale [T] fp32; the
         outlier columns' indices in ascending order.
     """
-    outlier = (x.abs() >= OUTLIER_THRESHOLD).any(dim=0)
+    outlier = (x.abs() >= threshold).any(dim=0)
     regular = x.float().masked_fill(outlier, 0.0)
     greatest = regular.abs().amax(dim=1)
     # By a tensor: by a number CUDA multiplies with its reciprocal, which rounds twice.
@@ -65,7 +65,7 @@ def llm_int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -
     Returns:
         [T, N], dtype of x.
     """
-    x8, scale, outliers = quantize_input(x)
+    x8, scale, outliers = quantize_input(x, weight.outlier_threshold)
     dot = (x8.double() @ weight.values.double().T).to(x.dtype)  # exact: integers below 2^53
     y = dot * scale.to(x.dtype)[:, None] * weight.scale.to(x.dtype)
     y = y + x[:, outliers] @ weight.dequantize(x.dtype)[:, outliers].T

@@ -8,6 +8,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from tightfit.kernels.formats import OUTLIER_THRESHOLD
+
 INT8_MAX: Final = 127
 
 SCRATCH_ELEMENTS: Final = 2**20
@@ -22,6 +24,8 @@ class Int8Weight:
     """[N, K] int8 in [-127, 127], contiguous."""
     scale: Tensor
     """[N] bf16, positive: weight ≈ values · scale."""
+    outlier_threshold: float = OUTLIER_THRESHOLD
+    """LLM.int8()'s, in whose products alone it counts."""
 
     @property
     def nbytes(self) -> int:

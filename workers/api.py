@@ -134,6 +134,8 @@ class StageSpec:
     """Where the embedding's table is: "device", in the stage's memory, or "host": in the
     checkpoint's file, mapped, of which a step reads the rows that it needs; widened into host
     memory if the file has it quantised."""
+    llm_int8_threshold: float = 6.0
+    """|activation| from which `llm_int8` keeps a feature's column in 16 bits."""
     device: str = "cpu"
     """torch device name."""
     memory_budget_bytes: int | None = None

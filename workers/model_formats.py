@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 
-from tightfit.kernels.formats import GROUP_SIZES, WEIGHT_BITS, Format, KVFormat, activation_dtype
+from tightfit.kernels.formats import (
+    GROUP_SIZES,
+    OUTLIER_THRESHOLD,
+    WEIGHT_BITS,
+    Format,
+    KVFormat,
+    activation_dtype,
+)
 from tightfit.workers.decoder_config import DecoderConfig
 from tightfit.workers.stored import StoredScheme
 
@@ -58,6 +65,8 @@ class ModelFormats:
     """Input features that share a scale in the blocks' layers; None: each layer has its default."""
     embedding_on_host: bool = False
     """The embedding's table takes nothing of its stage's memory."""
+    outlier_threshold: float = OUTLIER_THRESHOLD
+    """Of `llm_int8`."""
     on_gpu: bool = False
     """Weights of 4 and 3 bits lie as a GPU wants them."""
     stored: tuple[Mapping[Role, Scheme], ...] = ()
@@ -95,6 +104,7 @@ def model_formats(
     head: str = AUTO,
     kv: str = AUTO,
     embedding_place: str = "device",
+    outlier_threshold: float = OUTLIER_THRESHOLD,
     device: str = "cpu",
 ) -> ModelFormats:
     """The formats that an operator asked for, for a model.
@@ -108,6 +118,7 @@ def model_formats(
             picks every token, and is small beside the layers of a large model.
         kv: a `KVFormat` of integers, or "auto": the activations' dtype.
         embedding_place: "device" or "host", as `StageSpec.embedding_place`.
+        outlier_threshold: of `llm_int8`.
         device: torch device name, as `StageSpec.device`.
 
     Raises:
@@ -124,6 +135,7 @@ def model_formats(
         kv=KVFormat(activation_dtype(fmt) if kv == AUTO else kv),
         group_size=common_group_size(config),
         embedding_on_host=embedding_place == "host",
+        outlier_threshold=outlier_threshold,
         on_gpu=device != "cpu",
         stored=stored,
     )

@@ -43,6 +43,7 @@ def spec_formats(config: DecoderConfig, spec: StageSpec) -> ModelFormats:
         head=spec.head_format,
         kv=spec.kv_format,
         embedding_place=spec.embedding_place,
+        outlier_threshold=spec.llm_int8_threshold,
         device=spec.device,
     )
 
@@ -164,6 +165,7 @@ class ShardModel:
                         biases,
                         scheme.format,
                         order=weight.order,
+                        outlier_threshold=self.formats.outlier_threshold,
                         device=self.spec.device,
                     )
                 weight = weight.dequantize()
@@ -172,6 +174,7 @@ class ShardModel:
                 biases,
                 scheme.format,
                 group_size=scheme.group_size,
+                outlier_threshold=self.formats.outlier_threshold,
                 device=self.spec.device,
             )
         except ValueError as error:
