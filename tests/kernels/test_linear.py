@@ -199,3 +199,19 @@ def test_shapes_that_do_not_fit_are_refused():
         quantize_linear(torch.zeros(2, 4), torch.zeros(3), Format.INT8)
     with pytest.raises(ValueError, match=r"\[N, K\], not \[2\]"):
         quantize_linear(torch.zeros(2), None, Format.BF16)
+
+
+def test_a_lower_threshold_keeps_more_columns_in_16_bits_and_is_more_exact():
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(32, 128, generator=torch.Generator().manual_seed(2))
+    x[:, ::16] *= 4.0
+    exact = x @ weight.T
+    errors = []
+    for threshold in (20.0, 6.0, 2.5):
+        linear = quantize_linear(weight, None, Format.LLM_INT8, outlier_threshold=threshold)
+        linear.crossover = 0
+        y = linear(x.bfloat16())
+        expected = reference.llm_int8_linear(x.bfloat16().float(), linear.weight)
+        assert (y.float() - expected).abs().max() < 2**-7 * expected.abs().max()
+        errors.append(float((y.float() - exact).norm()))
+    assert errors == sorted(errors, reverse=True)

@@ -107,6 +107,17 @@ def test_the_split_is_the_references_bit_by_bit(shape, num_outliers, dtype):
     assert torch.equal(split.values, x8)
 
 
+@pytest.mark.parametrize("threshold", [1.0, 2.5])
+def test_another_threshold_splits_as_the_reference_does(threshold):
+    x = _random(3, 200)
+    x8, scale, outliers = reference.quantize_input(x, threshold)
+    split = quantize_input(x, threshold)
+    assert 0 < len(outliers) < 200
+    assert split.outliers[: len(outliers)].tolist() == outliers.tolist()
+    assert torch.equal(split.scale, scale)
+    assert torch.equal(split.values, x8)
+
+
 def test_halves_are_rounded_to_even_and_all_steps_are_used():
     halves = torch.arange(-254, 255, device=DEVICE) / 2
     x = (halves / 32).half()[None]  # the scale is 1 / 32 exactly
