@@ -62,7 +62,7 @@ class Row:
     bits: str = ""
     seconds: str = ""
     int8_kv: float | None = None
-    """Perplexity with keys and values in int8, too; None: not measured."""
+    """Perplexity with keys and values in int8, too; None in tables without it."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -287,8 +287,6 @@ def table(rows: list[Row], base: float, title: str) -> str:
         cells += [f"{row.perplexity:.2f}", _loss(row.perplexity, base)]
         if row.int8_kv is not None:
             cells += [f"{row.int8_kv:.2f}", _loss(row.int8_kv, row.perplexity)]
-        elif has_kv:
-            cells += ["not measured", ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
