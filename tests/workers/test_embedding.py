@@ -1,6 +1,7 @@
 """The embedding's table on the host: the same tokens, without its bytes."""
 
 import json
+import resource
 import subprocess
 import sys
 
@@ -162,6 +163,15 @@ def test_a_table_that_its_file_has_quantised_is_widened_on_the_host_and_counted_
     assert host.memory().total_bytes == device.memory().total_bytes
 
 
+@pytest.fixture
+def memory_limit_restored():
+    """A stage with a budget limits its process, which is the tests' here."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    yield
+    resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+@pytest.mark.usefixtures("memory_limit_restored")
 def test_a_widened_table_counts_against_a_cpu_stage_s_budget():
     memory = smollm2(embedding_place="host").memory()
     fits = smollm2(embedding_place="host", memory_budget_bytes=memory.total_bytes)
