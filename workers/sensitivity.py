@@ -42,9 +42,8 @@ class FormatSensitivity:
     negative."""
     divergence: float
     """Mean Kullback-Leibler divergence of the next token's distribution from the model's own, in
-    nats: the loss increase that a text of the model's own would have. On the same tokens its noise
-    is far smaller than that of `loss_increase`, where gains and losses cancel; never negative, but
-    for rounding."""
+    nats: the loss increase that a text of the model's own would have. It is hardly noisy, and never
+    negative but for rounding, but is not what a text by others loses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -193,7 +193,7 @@ def _is_convex(first: Choice, middle: Choice, last: Choice) -> bool:
 
 
 def mix_for_bits(sensitivities: Sensitivities, bits: float) -> FormatMix:
-    """The mix of formats with the least summed divergence.
+    """The mix of formats with the least summed loss increase.
 
     Measured numbers are noisy: where a format is measured to lose less than one of more bits, or
     less than nothing, it counts as losing the same, so that fewer bits are never the better ones.
@@ -225,6 +225,6 @@ def _choices(unit: UnitSensitivity) -> list[Choice]:
     choices: list[Choice] = []
     loss = 0.0
     for fmt in reversed(MIX_FORMATS):
-        loss = max(loss, unit.formats[fmt].divergence)
+        loss = max(loss, unit.formats[fmt].loss_increase)
         choices.append(Choice(unit.formats[fmt].bytes, loss))
     return choices[::-1]
