@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -153,13 +153,14 @@ def compile_case(case: Case, capability: int) -> Compiled:
     signature = {name: case.types.get(name, "constexpr") for name in names}
     source = ASTSource(case.kernel, signature, dict(case.constants), specialised)
     target = GPUTarget("cuda", capability, WARP_SIZE)
-    options = {
+    build_options = {
         "num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True,
     }  # fmt: skip
-    built = triton.compile(source, target=target, options=options)
-    usage = _cuobjdump("--dump-resource-usage", built.asm["cubin"])
+    built = triton.compile(source, target=target, options=build_options)
     is_readable = capability not in UNREADABLE
-    code = _cuobjdump("--dump-sass", built.asm["cubin"]) if is_readable else built.asm["ptx"]
+    options = ("--dump-resource-usage", *(("--dump-sass",) if is_readable else ()))
+    usage = _cuobjdump(options, built.asm["cubin"])
+    code = usage if is_readable else built.asm["ptx"]
     return Compiled(
         name=case.name,
         capability=capability,
@@ -172,13 +173,13 @@ def compile_case(case: Case, capability: int) -> Compiled:
     )
 
 
-def _cuobjdump(option: str, cubin: bytes) -> str:
+def _cuobjdump(options: Sequence[str], cubin: bytes) -> str:
     """What the tool prints; it comes with Triton."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), option, file.name]
+        command = [str(tool), *options, file.name]
         return subprocess.run(
             command, capture_output=True, text=True, check=True, timeout=60
         ).stdout
