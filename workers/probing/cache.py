@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -72,8 +71,8 @@ class ProbeCache:
         content = msgspec.json.format(msgspec.json.encode(tree), indent=1)
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self._directory, delete=False) as fresh:
-                fresh.write(content + b"\n")
-            os.replace(fresh.name, path)
+            fresh = path.with_suffix(f".{os.getpid()}")
+            fresh.write_bytes(content + b"\n")
+            os.replace(fresh, path)
         except OSError as error:
             self.notes.append(f"the rates could not be kept for the next time: {error}")
