@@ -158,6 +158,8 @@ def print_probe(found: NodeProbe, console: Console) -> None:
     _say(console, f"{found.node}: probed in {format_seconds(found.elapsed_s)}")
     console.print(_device_table(found.devices))
     for device in found.devices:
+        _say(console, f"{device.device}: what is free is by {device.memory.bound_by}")
+    for device in found.devices:
         if device.rates is not None:
             _say(console, f"\n{device.device}: linear layers, read from memory")
             console.print(_rate_table(device.rates.linears))
@@ -173,10 +175,11 @@ def _say(console: Console, text: str) -> None:
 
 
 def _table(rows: Sequence[dict[str, str]], texts: Sequence[str]) -> Table:
-    """Rows by column name; columns of `texts` are left-justified."""
+    """Rows by column name; columns of `texts` are left-justified, and wrap where it is narrow."""
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for name in rows[0] if rows else ():
-        table.add_column(name, no_wrap=True, justify="left" if name in texts else "right")
+        is_text = name in texts
+        table.add_column(name, no_wrap=not is_text, justify="left" if is_text else "right")
     for row in rows:
         table.add_row(*row.values())
     return table
@@ -192,13 +195,12 @@ def _device_table(devices: Sequence[DeviceProbe]) -> Table:
                 "name": device.name,
                 "total": format_bytes(device.memory.total_bytes),
                 "free": format_bytes(device.memory.free_bytes),
-                "by": device.memory.bound_by,
                 "read": _giga(rates.read_bytes_per_s, "GB/s") if rates else "–",
                 "copy": _giga(rates.copy_bytes_per_s, "GB/s") if rates else "–",
                 "rates": ("cached" if device.is_cached else "measured") if rates else "none",
             }
         )
-    return _table(rows, ("device", "name", "by", "rates"))
+    return _table(rows, ("device", "name", "rates"))
 
 
 def _rate_table(linears: Sequence[LinearRate]) -> Table:

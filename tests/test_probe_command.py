@@ -1,10 +1,12 @@
 """`tightfit probe`: table, JSON, inventory, refusals."""
 
 import dataclasses
+import io
 import json
 
 import pytest
 import yaml
+from rich.console import Console
 
 from tightfit.cluster import cli, probe
 from tightfit.cluster.settings import settings
@@ -89,12 +91,22 @@ def test_the_table_names_device_memory_rates_links_and_notes(found, capsys):
     assert "n1: probed in 3.2 s" in out
     cpu, cached, full = (line.split() for line in out.splitlines()[2:5])
     assert cpu[0] == "cpu"
-    assert {"24.00", "20.00", "MemAvailable", "900.0", "measured"} <= set(cpu)
+    assert {"24.00", "20.00", "900.0", "measured"} <= set(cpu)
     assert (cached[0], cached[-1]) == ("cuda:0", "cached")
     assert (full[0], full[-1]) == ("cuda:1", "none")
+    assert "cpu: what is free is by MemAvailable\n" in out
     for text in ("llm_int8", "16.8 GB/s", "2,147.5 GOP/s", "25.0 GB/s", "0.013 ms"):
         assert text in out
     assert "note: cuda:1 is [full]" in out
+
+
+def test_on_a_narrow_terminal_names_wrap_and_numbers_are_whole(found):
+    node = found(gpu(0), device(model="A processor of a very long name by a firm of a longer one"))
+    out = io.StringIO()
+    probe.print_probe(node, Console(file=out, width=72))
+    for text in ("24.00 GiB", "20.00 GiB", "900.0 GB/s", "800.0 GB/s"):
+        assert out.getvalue().count(text) == 2
+    assert max(map(len, out.getvalue().splitlines())) <= 72
 
 
 def test_json_is_what_was_found_and_nothing_else(found, capsys):
