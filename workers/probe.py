@@ -22,7 +22,7 @@ from tightfit.workers.probing import cuda
 from tightfit.workers.probing.cache import ProbeCache
 from tightfit.workers.probing.host import host_cores, host_memory, processor_name
 from tightfit.workers.probing.loopback import measure_loopback
-from tightfit.workers.probing.rates import measure_rates
+from tightfit.workers.probing.rates import full_bytes, measure_rates
 from tightfit.workers.probing.result import DeviceProbe, DeviceRates, LinkRate, NodeProbe
 
 DEVICES: Final = ("all", "cpu", "cuda")
@@ -79,7 +79,8 @@ class _Run:
             with _threads(max(1, int(cores))):
                 return _cpu_rates(memory.free_bytes)
 
-        rates, is_cached = self._rates(identity, measure)
+        is_short = memory.free_bytes < full_bytes(CPU_WIDTHS)
+        rates, is_cached = self._rates(identity, measure, is_short=is_short)
         self.devices.append(
             DeviceProbe(
                 device="cpu",
@@ -125,7 +126,9 @@ class _Run:
         properties = torch.cuda.get_device_properties(index)
         uuid = str(properties.uuid)
         identity = f"gpu: {uuid}, driver {cuda.driver_version()}, {self._software}"
-        rates, is_cached = self._rates(identity, partial(cuda.gpu_rates, index, memory.free_bytes))
+        measure = partial(cuda.gpu_rates, index, memory.free_bytes)
+        is_short = memory.free_bytes < full_bytes(cuda.WIDTHS)
+        rates, is_cached = self._rates(identity, measure, is_short=is_short)
         self.devices.append(
             DeviceProbe(
                 device=f"cuda:{index}",
@@ -141,10 +144,16 @@ class _Run:
         return identity
 
     def _rates(
-        self, identity: str, measure: Callable[[], DeviceRates]
+        self, identity: str, measure: Callable[[], DeviceRates], *, is_short: bool
     ) -> tuple[DeviceRates | None, bool]:
+        """Known rates, or new ones. Those measured short of memory, in smaller sizes, are kept
+        apart: they are no good once there is room."""
+        known = self._cache.find(identity, DeviceRates) if is_short else None
+        if known is not None:
+            return known, True
+        name = f"{identity}, short of memory" if is_short else identity
         try:
-            return self._cache.get(identity, DeviceRates, measure)
+            return self._cache.get(name, DeviceRates, measure)
         except ProbeError as error:
             self.notes.append(str(error))
             return None, False

@@ -147,6 +147,27 @@ def test_the_second_time_rates_come_from_the_cache_and_memory_does_not(cpu_probe
         assert "free_bytes" not in file.read_text()
 
 
+def test_rates_of_a_host_short_of_memory_are_not_taken_for_those_of_one_with_room(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setattr("tightfit.workers.probe.CPU_WIDTHS", (512, 256))
+    free = {"bytes": 2**24}
+
+    def memory():
+        return DeviceMemory(total_bytes=2**34, free_bytes=free["bytes"], bound_by="test")
+
+    def look():
+        (device,) = probe_node("cpu", ProbeCache(tmp_path)).devices
+        return device.is_cached, device.rates.linears[0].width
+
+    monkeypatch.setattr("tightfit.workers.probe.host_memory", memory)
+    assert [look(), look()] == [(False, 256), (True, 256)]
+    free["bytes"] = 2**33
+    assert [look(), look()] == [(False, 512), (True, 512)]
+    free["bytes"] = 0  # what is known with room holds also without
+    assert look() == (True, 512)
+
+
 def test_a_full_host_is_listed_without_rates_and_with_the_reason(monkeypatch, tmp_path):
     full = DeviceMemory(total_bytes=2**30, free_bytes=0, bound_by="test")
     monkeypatch.setattr("tightfit.workers.probe.host_memory", lambda: full)

@@ -42,13 +42,16 @@ class ProbeCache:
             kind: dataclass of the rates.
             measure: called when there are none.
         """
-        path = self.path(identity)
-        found = None if self._is_fresh else self._read(path, identity, kind)
+        found = self.find(identity, kind)
         if found is not None:
             return found, True
         value = measure()
-        self._write(path, identity, value)
+        self._write(self.path(identity), identity, value)
         return value, False
+
+    def find(self, identity: str, kind: type[T]) -> T | None:
+        """The rates, if they are there and may be used."""
+        return None if self._is_fresh else self._read(self.path(identity), identity, kind)
 
     def path(self, identity: str) -> Path:
         """Where an identity's rates are."""

@@ -78,6 +78,16 @@ class Timer:
         return float(start.elapsed_time(end)) / 1000
 
 
+def full_bytes(widths: Sequence[int]) -> int:
+    """What has to be free for buffers and layers of full size."""
+    return max(layer_bytes(max(widths)), BUFFER_BYTES * ROOM_FOR_BUFFER)
+
+
+def layer_bytes(width: int) -> int:
+    """What has to be free to measure a layer of this width."""
+    return 4 * width**2 * ROOM_FOR_LAYER
+
+
 def measure_rates(
     device: torch.device,
     free_bytes: int,
@@ -99,9 +109,9 @@ def measure_rates(
     Raises:
         ProbeError: there is no room even for the smallest layer.
     """
-    fitting = [width for width in widths if 4 * width**2 * ROOM_FOR_LAYER <= free_bytes]
+    fitting = [width for width in widths if layer_bytes(width) <= free_bytes]
     if not fitting:
-        need = 4 * min(widths) ** 2 * ROOM_FOR_LAYER
+        need = layer_bytes(min(widths))
         raise ProbeError(
             f"{device} has {free_bytes:,} bytes free, and measuring its rates takes {need:,}; "
             f"free some, and probe again"
