@@ -16,9 +16,11 @@ from pathlib import Path
 from tightfit import __version__
 from tightfit.cluster.config import (
     ClientConfig,
+    ProbeConfig,
     QuantizeConfig,
     ServeConfig,
     client_config,
+    probe_config,
     quantize_config,
     read_config_file,
     serve_config,
@@ -27,7 +29,7 @@ from tightfit.cluster.errors import ConfigError, TightfitError
 from tightfit.cluster.settings import Setting, settings
 from tightfit.workers.errors import WorkerError
 
-Section = type[ServeConfig | ClientConfig | QuantizeConfig]
+Section = type[ServeConfig | ClientConfig | QuantizeConfig | ProbeConfig]
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -86,6 +88,16 @@ def _quantize(args: argparse.Namespace) -> int:
     from tightfit.cluster.quantize import quantize
 
     return quantize(config, as_json=args.json)
+
+
+def _probe(args: argparse.Namespace) -> int:
+    try:
+        config = probe_config(_file(args), _flags(args, ProbeConfig))
+    except ConfigError as error:
+        raise _UsageError(str(error)) from None
+    from tightfit.cluster.probe import probe
+
+    return probe(config, as_json=args.json)
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -168,6 +180,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config(quantize, QuantizeConfig)
     quantize.add_argument("--json", action="store_true", help="print JSON")
     quantize.set_defaults(run=_quantize)
+
+    probe = commands.add_parser(
+        "probe", help="measure this node's devices: free memory, bandwidth, rates, links"
+    )
+    _add_config(probe, ProbeConfig)
+    probe.add_argument("--json", action="store_true", help="print JSON")
+    probe.set_defaults(run=_probe)
 
     generate = commands.add_parser("generate", help="stream the answer of a running service")
     generate.add_argument("prompt", metavar="PROMPT", help='the prompt; "-" reads standard input')

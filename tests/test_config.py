@@ -11,6 +11,7 @@ from tightfit.cluster.config import (
     SECTIONS,
     ServeConfig,
     client_config,
+    probe_config,
     quantize_config,
     read_config_file,
     serve_config,
@@ -19,7 +20,12 @@ from tightfit.cluster.config import (
 from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.settings import settings
 
-MAKERS = {"serve": serve_config, "client": client_config, "quantize": quantize_config}
+MAKERS = {
+    "serve": serve_config,
+    "client": client_config,
+    "quantize": quantize_config,
+    "probe": probe_config,
+}
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "configs" / "serve").glob("*.yaml"))
 
@@ -156,8 +162,8 @@ def test_no_value_of_any_type_gets_past_the_checks_with_another_error(section, d
         st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.lists(st.integers())
     )
     setting = data.draw(st.sampled_from(settings(SECTIONS[section])))
-    required = {"serve": {"model": "m"}, "client": {}, "quantize": {"model": "m", "out": "o"}}
-    given_values = required[section]
+    required = {"serve": {"model": "m"}, "quantize": {"model": "m", "out": "o"}}
+    given_values = required.get(section, {})
     given_values[setting.key] = data.draw(values)
     make = MAKERS[section]
     complaint, value = "", None

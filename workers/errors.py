@@ -5,6 +5,7 @@ WorkerError
 ├── SensitivityError        a file of sensitivities cannot be used
 ├── UnsupportedModelError   a family or setting that the decoder does not do
 ├── BudgetError             the shard does not fit its memory budget
+├── ProbeError              a device is not there, or cannot be measured
 ├── LinkError               a neighbour sent nonsense, or takes nothing
 └── StageError              a step that must not be computed (stale epoch, bad block table)
 """
@@ -48,6 +49,10 @@ class UnsupportedModelError(WorkerError):
 
 class BudgetError(WorkerError):
     """A shard needs more memory than its device's budget."""
+
+
+class ProbeError(WorkerError):
+    """A device that was asked for is not there, or cannot be measured."""
 
 
 class LinkError(WorkerError):
