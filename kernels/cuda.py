@@ -24,9 +24,6 @@ from tightfit.kernels.w8a16 import w8a16_linear
 from tightfit.kernels.wxa16 import dequantized_linear as dequantized_groups
 from tightfit.kernels.wxa16 import wxa16_linear
 
-OLDEST_CAPABILITY: Final = (8, 0)
-"""Activations are bf16, which older chips do not compute in."""
-
 
 def _bind(linear: Callable[[Tensor, Any, Tensor | None], Tensor]) -> Callable[..., Kernel]:
     def bind(weight: Any, bias: Tensor | None) -> Kernel:

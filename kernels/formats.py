@@ -51,6 +51,9 @@ OUTLIER_THRESHOLD = 6.0
 """|x| from which LLM.int8() takes a feature's column for an outlier (arXiv 2208.07339, section
 3.2)."""
 
+OLDEST_CAPABILITY = (8, 0)
+"""Of GPUs that stages run on: activations are bf16, in which older chips do not compute."""
+
 TILE_ROWS = 64
 TILE_FEATURES = {4: 128, 3: 256}
 """Output and input features of one tile of `packing.Layout.TILES`, by bits."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tightfit.kernels.activation import activate
+from tightfit.kernels.formats import OLDEST_CAPABILITY
 from tightfit.kernels.kv_write import write_kv
 from tightfit.kernels.norm import add_norm
 from tightfit.kernels.paged_attention import paged_attention
@@ -17,9 +18,6 @@ from tightfit.workers.decoder_config import DecoderConfig, Norm, Position
 from tightfit.workers.errors import UnsupportedModelError
 from tightfit.workers.kv_cache import KVCache
 from tightfit.workers.positions import alibi_slopes
-
-OLDEST_CAPABILITY = (8, 0)
-"""Activations are bf16, in which older chips do not compute."""
 
 HEAD_DIM_STEP, MAX_HEAD_DIM = 16, 128
 """What the attention kernels take."""

@@ -1,4 +1,4 @@
-"""The GPUs of this node, by torch alone. Never run yet: no machine of ours has had one so far.
+"""The GPUs of this node, by torch alone. This file has never run on one yet.
 
 Who else is on a GPU is not asked: their memory is missing from what `mem_get_info` says is free.
 """
@@ -14,6 +14,7 @@ from typing import Final
 
 import torch
 
+from tightfit.kernels.formats import OLDEST_CAPABILITY
 from tightfit.workers.errors import ProbeError
 from tightfit.workers.probing.loopback import SMALL_BYTES
 from tightfit.workers.probing.rates import measure_rates
@@ -23,8 +24,6 @@ WIDTHS: Final = (8192, 4096, 2048, 1024)
 DENSE_TOKENS: Final = 2048
 RATES_LIMIT_S: Final = 60.0
 """Of one GPU; nearly all of it is compiling the kernels, the first time."""
-OLDEST_CAPABILITY: Final = (8, 0)
-"""Of stages; see `kernels.cuda`, which cannot be imported without Triton."""
 LINK_BYTES: Final = 2**26
 MAX_COPIES: Final = 11
 COPIES_LIMIT_S: Final = 0.1
