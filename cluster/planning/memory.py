@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from tightfit.cluster.errors import PlacementError
 from tightfit.cluster.planning.split import split_layers
@@ -16,6 +17,38 @@ from tightfit.workers.shard_bytes import (
     shard_bytes,
     workspace_bytes,
 )
+
+DEVICE_CONTEXT_BYTES = 512 * 2**20
+"""Of a CUDA context with our kernels loaded: what a GPU that nobody uses has less than its total,
+once a stage has begun."""
+STAGE_RESERVE_BYTES = 512 * 2**20
+STAGE_RESERVE_SHARE = 50
+"""What a stage leaves of a GPU's free memory, bytes and a part of its total, as
+`workers.stage.free_gpu_bytes` does: for graphs, cuBLAS and the allocator's fragments."""
+SAFE_RESERVE_BYTES = 1930 * 2**20 - DEVICE_CONTEXT_BYTES
+SAFE_RESERVE_SHARE = 20
+
+
+class Reserve(StrEnum):
+    """How much of a GPU's free memory stays unplanned. What is left of T bytes when nobody else
+    uses the GPU is given for each; the workspace of the largest micro-batch comes on top."""
+
+    TIGHT = "tight"
+    """What a stage itself leaves: 0.98 T − 1 GiB."""
+    SAFE = "safe"
+    """As planners do that count no workspace: 0.95 T − 1,930 MiB."""
+
+
+def usable_bytes(free: int, total: int, reserve: Reserve, *, is_gpu: bool) -> int:
+    """What of a device's free bytes a plan may fill with weights, KV cache and workspace.
+
+    A share of a host is what its operator declares, and all of it may be filled.
+    """
+    if not is_gpu:
+        return free
+    if reserve is Reserve.SAFE:
+        return max(0, free - SAFE_RESERVE_BYTES - total // SAFE_RESERVE_SHARE)
+    return max(0, free - STAGE_RESERVE_BYTES - total // STAGE_RESERVE_SHARE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
