@@ -227,7 +227,7 @@ def _reserve(value: object, path: Path) -> Reserve:
     if value is None:
         return Reserve.TIGHT
     try:
-        return Reserve(value)
+        return Reserve(str(value))
     except ValueError:
         known = ", ".join(Reserve)
         raise ConfigError(f"{path}: inventory.reserve: {value!r} is not one of {known}") from None

@@ -93,6 +93,71 @@ def stage_bytes(
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What a model's parts take, each in its format: what the planner lays over devices."""
+
+    layers: tuple[int, ...]
+    """Weights of each layer, in the lesser of two formats if there are two."""
+    step: int = 0
+    """What any layer takes more in the better format; 0: there is one format."""
+    embedding: int
+    """On the first stage, besides its layers."""
+    head: int
+    """On the last."""
+    lone_head: int
+    """The same where one stage holds everything, and the head's tensor is the embedding's."""
+    kv_block: int
+    """One KV block of one layer."""
+    workspace: int
+    """On every stage."""
+
+    def is_no_larger_than(self, other: Parts) -> bool:
+        """Nothing takes more than there."""
+        names = ("step", "embedding", "head", "lone_head", "kv_block", "workspace")
+        pairs = [(getattr(self, name), getattr(other, name)) for name in names]
+        return all(mine <= theirs for mine, theirs in [*pairs, *zip(self.layers, other.layers, strict=True)])
+
+
+def model_parts(
+    model: DecoderConfig,
+    formats: ModelFormats,
+    better: ModelFormats | None = None,
+    *,
+    block_size: int,
+    max_batch_tokens: int,
+) -> Parts:
+    """Bytes of a model's parts, by the formulas that a stage checks itself against.
+
+    Args:
+        model: the decoder.
+        formats: of its parts.
+        better: the same with layers in a format of more bits, which some layers may have.
+        block_size: tokens in a KV block.
+        max_batch_tokens: most tokens in a micro-batch.
+
+    Raises:
+        PlacementError: the better format costs more in one layer than in another.
+    """
+    weights = model_bytes(model, formats)
+    ends = model_bytes(model, better or formats)  # projections beside the blocks, where there are
+    steps = {more - less for more, less in zip(ends.layers, weights.layers, strict=True)}
+    if len(steps) > 1:
+        raise PlacementError(
+            "formats are mixed layer by layer only where all layers are alike, and some of this "
+            "checkpoint's are quantised already: allow one format, or auto"
+        )
+    return Parts(
+        layers=weights.layers,
+        step=steps.pop(),
+        embedding=ends.embedding,
+        head=ends.head,
+        lone_head=head_bytes(model, better or formats, shared=ends.head_shared),
+        kv_block=kv_block_bytes(model, formats, 1, block_size),
+        workspace=workspace_bytes(model, formats, max_batch_tokens),
+    )
+
+
 def plan_stages(
     model: DecoderConfig,
     formats: ModelFormats,
