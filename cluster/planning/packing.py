@@ -122,14 +122,28 @@ class Packer:
 
     def stage_ns(self, run: Run) -> int:
         """Nanoseconds in which a stage's device reads what a step needs at full load."""
-        read = self._read_bytes(run.first, run.end) + run.num_better * self.parts.step
+        read = self.read_bytes(run) + self._read_kv * (run.end - run.first)
         return -(-read // self.classes[run.device_class].gb_per_s)
 
     def spare_blocks(self, run: Run) -> int:
         """KV blocks for which a stage has room."""
-        held = self._held_bytes(run.first, run.end, 0) + run.num_better * self.parts.step
-        left = self.classes[run.device_class].room - held
+        left = self.classes[run.device_class].room - self.weight_bytes(run)
         return left // (self.parts.kv_block * (run.end - run.first))
+
+    def weight_bytes(self, run: Run) -> int:
+        """What a stage holds, but for KV cache and workspace."""
+        return self._held_bytes(run.first, run.end, 0) + run.num_better * self.parts.step
+
+    def read_bytes(self, run: Run) -> int:
+        """Of its weights, what a step reads: all but the embedding."""
+        head = self.parts.head if run.end == self.num_layers else 0
+        weights = self._up_to[run.end] - self._up_to[run.first] + head
+        return weights + run.num_better * self.parts.step
+
+    def furthest(self, blocks: int) -> int:
+        """One past the furthest layer that the devices reach with so many KV blocks, all layers in
+        the lesser format."""
+        return self._reach(blocks, None)
 
     # -- one stage ---------------------------------------------------------------------------
 

@@ -55,6 +55,8 @@ class StagePlan:
     usable_bytes: Annotated[int, Option("What the device has for all of that.", at_least=0)]
     gb_per_s: Annotated[int, Option("Bandwidth of the device's memory.", at_least=1)]
     read_bytes: Annotated[int, Option("Weights that a step reads.", at_least=0)]
+    num_weights: Annotated[int, Option("Of its linear layers and head.", at_least=0)]
+    tera_ops: Annotated[float, Option("Matmul rate in its formats, 10^12/s.", at_least=0)]
     price: Annotated[float, Option("US dollars an hour.", at_least=0)]
     watts: Annotated[float, Option("Power limit of the device.", at_least=0)]
 
@@ -71,6 +73,12 @@ class StagePlan:
     def num_layers(self) -> int:
         """How many it holds."""
         return self.end_layer - self.first_layer
+
+    def step_s(self, sequences: int, kv_bytes: float) -> float:
+        """Seconds that the next token of some sequences takes at least: the time to read weights
+        and `kv_bytes` of keys and values, or to multiply."""
+        read = (self.read_bytes + kv_bytes) / (self.gb_per_s * 1e9)
+        return max(read, 2 * self.num_weights * sequences / (self.tera_ops * 1e12))
 
     @property
     def headroom_bytes(self) -> int:
@@ -119,6 +127,30 @@ class Plan(PlanTerms):
     def kv_tokens(self) -> int:
         """Tokens for which every stage has KV blocks."""
         return self.kv_blocks * self.block_size
+
+    def step_s(self, sequences: int) -> list[float]:
+        """Seconds of each stage for the next token of so many sequences, at the full context."""
+        share = sequences * self.context / self.kv_tokens
+        return [stage.step_s(sequences, share * stage.kv_bytes) for stage in self.stages]
+
+    @property
+    def token_s(self) -> float:
+        """Seconds for each token of one sequence alone, at least."""
+        return sum(self.step_s(1))
+
+    @property
+    def tokens_per_s(self) -> float:
+        """At most, of all sequences that were planned for, in as many micro-batches as there are
+        stages."""
+        micro_batches = min(len(self.stages), self.sequences)
+        times = self.step_s(-(-self.sequences // micro_batches))
+        return self.sequences / max(sum(times), micro_batches * max(times))
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """At most, of a long prompt or several."""
+        rates = (s.tera_ops * 1e12 / (2 * s.num_weights) for s in self.stages)
+        return min(rates)
 
     @property
     def dollars_per_hour(self) -> float:

@@ -36,6 +36,7 @@ class Solution:
     variant: Variant
     level: Level
     pools: Pools
+    choice: Choice
     packer: Packer
     """Of the devices that come into question."""
     runs: tuple[Run, ...]
@@ -77,8 +78,8 @@ def fits(request: PlanRequest) -> bool:
 
 def searches(request: PlanRequest) -> Iterator[Search]:
     """One for each node, or all nodes together, and each way to store what is not a layer."""
-    ladder = levels(request)
     kind, lots = _lots(request)
+    ladder = levels(request, kind)
     found = variants(request, ladder[0], kind)
     for devices in lots:
         for variant in found:
@@ -187,6 +188,19 @@ class Search:
         each = min(self.parts.layers) + self.request.needed_blocks * self.parts.kv_block
         return self.pools.choices(each, len(self.parts.layers))
 
+    def most_layers(self) -> int:
+        """An upper bound for the layers that the devices which may be used hold in the lowest
+        level, with the workload's KV blocks; exact where devices are of few classes."""
+        blocks, num_layers = self.request.needed_blocks, len(self.parts.layers)
+        each = min(self.parts.layers) + blocks * self.parts.kv_block
+        most = min(num_layers, self.request.max_devices or num_layers)
+        rooms = sorted((one.room for group in self.pools.groups for one in group), reverse=True)
+        by_number = sum(room // each for room in rooms[:most])
+        if by_number < num_layers or len(self.pools.groups) > 1:
+            return by_number
+        counts = (min(most, len(rooms)),)
+        return self.packer(counts).furthest(blocks)
+
     def cheapest(self) -> list[Choice]:
         """All choices of least cost that hold the model."""
         found: list[Choice] = []
@@ -229,6 +243,7 @@ class Search:
             variant=self.variant,
             level=self._ladder[number],
             pools=self.pools,
+            choice=best[0],
             packer=best[1],
             runs=tuple(best[1].pack(blocks, best_ns)),
             kv_blocks=blocks,

@@ -17,7 +17,7 @@ from tightfit.kernels.formats import Format
 from tightfit.workers.decoder_config import DecoderConfig
 from tightfit.workers.model_formats import AUTO, ModelFormats, Role, Scheme, model_formats
 from tightfit.workers.sensitivity import FormatMix
-from tightfit.workers.shard_bytes import bits_per_weight
+from tightfit.workers.shard_bytes import bits_per_weight, layer_bytes
 
 ROOM_GRAIN_BYTES = 2**24
 """What a device has is planned with in whole grains, so that alike devices are of one class where
@@ -149,23 +149,27 @@ def parts_of(request: PlanRequest, variant: Variant, level: Level, kind: str) ->
     )
 
 
-def levels(request: PlanRequest) -> list[Level]:
+def levels(request: PlanRequest, kind: str) -> list[Level]:
     """What layers may be stored in that keeps the bound on quality, fewest bits first.
+
+    A format that takes no less than one of more bits, as one in whole tiles may in narrow layers,
+    is left out.
 
     Raises:
         PlacementError: no format that is allowed has so many bits.
     """
     anything = Variant(embedding_place="host", kv_format=request.kv_formats[0])
-    names = (Format.INT4,) if request.mix is not None else request.formats
-    found = {
-        name: bits_per_weight(
-            request.model,
-            layer_formats(request, anything, name, "cpu"),
-            range(request.model.num_layers),
-        )
-        for name in names
-    }
-    ranked = sorted(found, key=lambda name: (found[name], name))
+    found: dict[str, float] = {}
+    smallest = math.inf
+    names = {Format.INT4: None} if request.mix is not None else dict.fromkeys(request.formats)
+    formats = {name: layer_formats(request, anything, name, kind) for name in names}
+    layers = range(request.model.num_layers)
+    bits = {name: bits_per_weight(request.model, formats[name], layers) for name in names}
+    for name in sorted(names, key=lambda name: (-bits[name], name)):
+        size = sum(layer_bytes(request.model, formats[name], i) for i in layers)
+        if size < smallest:
+            found[name], smallest = bits[name], size
+    ranked = list(found)[::-1]
     make = partial(_mixed if request.is_mixed and len(ranked) > 1 else _uniform, request, found)
     kept = list(make(ranked))
     if not kept:
