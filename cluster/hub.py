@@ -122,6 +122,25 @@ def download(name: HubName) -> Path:
     return path / name.file if name.file else path
 
 
+def download_config(name: HubName) -> Path:
+    """The config.json of a model, downloaded unless it is in the cache already; no weights.
+
+    Raises:
+        ConfigError: the hub has no such model, refuses it, or cannot be asked, and nothing is
+            cached.
+    """
+    from httpx2 import TransportError
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name.repo, "config.json", revision=name.revision))
+    except (OSError, TransportError) as error:
+        raise _refusal(name, error) or ConfigError(
+            f"{name}: there is no such file or directory here, and its config.json cannot be had "
+            f"from the hub ({_reason(error)}), nor is it in the cache"
+        ) from error
+
+
 def _refusal(name: HubName, error: Exception) -> ConfigError | None:
     """What the hub's answer means; None when it is not an answer about this model."""
     from huggingface_hub import errors as hub

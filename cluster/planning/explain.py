@@ -51,7 +51,7 @@ def explain(request: PlanRequest, solution: Solution, plan: Plan) -> Explanation
     remedies: tuple[str, ...] = ()
     if request.objective is Objective.DEVICES and len(plan.stages) > 1:
         fewer = replace(request, max_devices=len(plan.stages) - 1)
-        proof = f"{len(plan.stages) - 1} of the roomiest devices do not do: {shortfall(fewer)}"
+        proof = f"one device less does not do: {shortfall(fewer)}"
         remedies = tuple(_remedies(fewer, may_add=False))
     elif request.objective is Objective.DEVICES:
         proof = "fewer than one device there is not"
@@ -122,7 +122,7 @@ class _Shortfall:
             return cls(
                 held=held,
                 lacks=0,
-                text=f"they hold the model in {search.level.format}, but not with "
+                text=f"{_subject(search)} hold the model in {search.level.format}, but not with "
                 f"{search.level.min_better} of its {num_layers} layers in {search.level.better}",
             )
         missing = sum(parts.layers[held:]) + (num_layers - held) * blocks * parts.kv_block
@@ -131,10 +131,20 @@ class _Shortfall:
         return cls(
             held=held,
             lacks=missing,
-            text=f"they hold at most {held} of {num_layers} layers in {search.level.format} with "
+            text=f"{_subject(search)} hold at most {held} of {num_layers} layers in {search.level.format} with "
             f"{kv} for {blocks * request.block_size:,} tokens, and lack "
             f"{format_bytes(missing)} for the rest and the head",
         )
+
+
+def _subject(search: Search) -> str:
+    """The devices that were tried: no others hold more."""
+    there, most = search.pools.num_devices, search.request.max_devices
+    if search.request.max_dollars is not None:
+        return f"devices for ${search.request.max_dollars:.2f} an hour"
+    if most is None or most >= there:
+        return f"all {there} devices" if there > 1 else "the one device would"
+    return f"the roomiest {most}" if most > 1 else "the roomiest alone would"
 
 
 def _dollar_proof(request: PlanRequest, solution: Solution) -> str:
@@ -195,10 +205,10 @@ def _lesser_formats(request: PlanRequest) -> str | None:
     """As few layers as possible in the next formats down."""
     if AUTO in request.formats or request.mix is not None:
         return None
-    lowest = next(
-        (fmt for fmt in reversed((Format.BF16, *LESSER)) if fmt in request.formats), None
+    lowest = next((fmt for fmt in reversed((Format.BF16, *LESSER)) if fmt in request.formats), None)
+    below = (
+        LESSER if lowest is Format.BF16 else LESSER[LESSER.index(lowest) + 1 :] if lowest else ()
     )
-    below = LESSER if lowest is Format.BF16 else LESSER[LESSER.index(lowest) + 1 :] if lowest else ()
     above = lowest
     for fmt in below:
         mixed = replace(

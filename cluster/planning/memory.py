@@ -116,7 +116,10 @@ class Parts:
         """Nothing takes more than there."""
         names = ("step", "embedding", "head", "lone_head", "kv_block", "workspace")
         pairs = [(getattr(self, name), getattr(other, name)) for name in names]
-        return all(mine <= theirs for mine, theirs in [*pairs, *zip(self.layers, other.layers, strict=True)])
+        return all(
+            mine <= theirs
+            for mine, theirs in [*pairs, *zip(self.layers, other.layers, strict=True)]
+        )
 
 
 def model_parts(

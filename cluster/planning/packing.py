@@ -27,7 +27,7 @@ class DeviceClass(NamedTuple):
     room: int
     """Bytes for weights and KV blocks."""
     gb_per_s: int
-    count: int
+    number: int
     only: tuple[int, int] | None = None
     """(First layer, one past the last) that it has to hold; None: any."""
 
@@ -194,9 +194,7 @@ class Packer:
                 room = held[first] + device.room - (0 if first else self.parts.embedding)
                 end = bisect_right(held, room) - 1
                 if limit_ns is not None:
-                    end = min(
-                        end, bisect_right(read, read[first] + limit_ns * device.gb_per_s) - 1
-                    )
+                    end = min(end, bisect_right(read, read[first] + limit_ns * device.gb_per_s) - 1)
                 # The last layer comes with the head.
                 if end == self.num_layers and not self._holds_end(
                     device_class, first, blocks, limit_ns
@@ -212,7 +210,7 @@ class Packer:
     # -- two formats: how many in the better ---------------------------------------------------
 
     def _tables(self, blocks: int, limit_ns: int | None) -> list[dict[int, int]]:
-        """For each choice of devices: one past its last layer → most layers in the better format."""
+        """For each state: one past its last layer → most layers in the better format."""
         each = blocks * self.parts.kv_block + min(self.parts.layers)
         longest = max((device.room // each for device in self.classes), default=0)
         tables: list[dict[int, int]] = [{} for _ in self._states]
@@ -280,7 +278,7 @@ def _states(classes: Sequence[DeviceClass], wanted: Sequence[int]) -> Iterator[t
             used = sum(
                 n for n, c in zip(state, classes, strict=False) if c.group == device_class.group
             )
-            most = min(device_class.count, wanted[device_class.group] - used)
+            most = min(device_class.number, wanted[device_class.group] - used)
             longer += [(*state, n) for n in range(most + 1)]
         found = longer
     return iter(sorted(found, key=lambda state: (sum(state), state)))

@@ -46,9 +46,7 @@ class StagePlan:
     type: Annotated[str, Option("Of the device.")]
     first_layer: Annotated[int, Option("First layer.", at_least=0)]
     end_layer: Annotated[int, Option("One past the last layer.", at_least=1)]
-    formats: Annotated[
-        str, Option("Of its layers, in order: format*layers.", check=parse_formats)
-    ]
+    formats: Annotated[str, Option("Of its layers, in order: format*layers.", check=parse_formats)]
     weight_bytes: Annotated[int, Option("Weights, embedding and head included.", at_least=0)]
     kv_bytes: Annotated[int, Option("KV blocks, as many as the plan says.", at_least=0)]
     workspace_bytes: Annotated[int, Option("Activations and scratch.", at_least=0)]

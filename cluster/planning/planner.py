@@ -116,7 +116,7 @@ def _lots(request: PlanRequest) -> tuple[str, list[list[Device]]]:
     for device in devices:
         by_node.setdefault(device.node, []).append(device)
     # Of nodes that are alike, the first.
-    distinct = {}
+    distinct: dict[tuple[object, ...], list[Device]] = {}
     for on_node in by_node.values():
         if request.pins.keys() <= {device.device_id for device in on_node}:
             alike = sorted((d.type.name, d.free_bytes, d.total_bytes, d.price) for d in on_node)
@@ -270,7 +270,7 @@ class Search:
         most = 0
         for packer in packers.values():
             parts = packer.parts
-            left = sum(c.room * c.count for c in packer.classes) - sum(parts.layers)
+            left = sum(c.room * c.number for c in packer.classes) - sum(parts.layers)
             left -= better * parts.step + parts.embedding + min(parts.head, parts.lone_head)
             most = max(most, left // (parts.kv_block * len(parts.layers)))
 

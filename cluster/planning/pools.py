@@ -86,6 +86,11 @@ class Pools:
         """Of each, the roomiest first."""
         self._prices, self._num_pinned = prices, len(pinned)
 
+    @property
+    def num_devices(self) -> int:
+        """Of all groups."""
+        return sum(len(group) for group in self.groups)
+
     def choices(self, layer_bytes: int, num_layers: int) -> Iterator[Choice]:
         """Choices that might hold so many layers of at least so many bytes, cheapest first."""
         holds = [[one.room // layer_bytes for one in group] for group in self.groups]
@@ -146,7 +151,7 @@ class Pools:
             for mine in _classes(
                 (group, one.room, one.device.type.gb_per_s, one.only) for one in self.groups[group]
             ):  # roomiest first
-                better = sum(other.count for other in in_group if other.gb_per_s >= mine.gb_per_s)
+                better = sum(other.number for other in in_group if other.gb_per_s >= mine.gb_per_s)
                 if better < n:
                     in_group.append(mine)
             kept += in_group
@@ -168,7 +173,7 @@ def _classes(
     counted = Counter(found)
     order = sorted(counted, key=lambda one: (one[0], -one[1], -one[2]))
     return [
-        DeviceClass(group=group, room=room, gb_per_s=speed, count=counted[key], only=only)
+        DeviceClass(group=group, room=room, gb_per_s=speed, number=counted[key], only=only)
         for key in order
         for group, room, speed, only in [key]
     ]

@@ -180,9 +180,7 @@ def levels(request: PlanRequest, kind: str) -> list[Level]:
     return kept
 
 
-def _uniform(
-    request: PlanRequest, bits: Mapping[str, float], ranked: list[str]
-) -> Iterator[Level]:
+def _uniform(request: PlanRequest, bits: Mapping[str, float], ranked: list[str]) -> Iterator[Level]:
     for name in ranked:
         if bits[name] >= request.min_bits:
             yield Level(format=name, format_bits=bits[name])

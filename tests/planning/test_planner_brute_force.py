@@ -111,7 +111,11 @@ def every_level(request):
     """(Lesser format, better format), fewest bits first, of those with the bits that are asked."""
     model = request.model
     ranked = [name for name in ("int3", "int4", "int8") if name in request.formats]
-    pairs = pairwise(ranked) if request.is_mixed and len(ranked) > 1 else zip(ranked, ranked)
+    pairs = (
+        pairwise(ranked)
+        if request.is_mixed and len(ranked) > 1
+        else zip(ranked, ranked, strict=True)
+    )
     for less, more in pairs:
         if bits_per_weight(model, model_formats(model, more), [0]) >= request.min_bits:
             yield less, more
