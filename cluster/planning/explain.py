@@ -131,8 +131,8 @@ class _Shortfall:
         return cls(
             held=held,
             lacks=missing,
-            text=f"{_subject(search)} hold at most {held} of {num_layers} layers in {search.level.format} with "
-            f"{kv} for {blocks * request.block_size:,} tokens, and lack "
+            text=f"{_subject(search)} hold at most {held} of {num_layers} layers in "
+            f"{search.level.format} with {kv} for {blocks * request.block_size:,} tokens, and lack "
             f"{format_bytes(missing)} for the rest and the head",
         )
 

@@ -130,6 +130,17 @@ class Packer:
         left = self.classes[run.device_class].room - self.weight_bytes(run)
         return left // (self.parts.kv_block * (run.end - run.first))
 
+    def spare_bytes(self, blocks: int, num_better: int) -> int:
+        """What would be left of all devices together, if bytes could lie anywhere."""
+        parts = self.parts
+        total = sum(c.room * c.number for c in self.classes) - sum(parts.layers)
+        total -= parts.embedding + min(parts.head, parts.lone_head)
+        return total - num_better * parts.step - blocks * parts.kv_block * self.num_layers
+
+    def blocks_bound(self, num_better: int) -> int:
+        """KV blocks of which no more fit on every stage."""
+        return self.spare_bytes(0, num_better) // (self.parts.kv_block * self.num_layers)
+
     def weight_bytes(self, run: Run) -> int:
         """What a stage holds, but for KV cache and workspace."""
         return self._held_bytes(run.first, run.end, 0) + run.num_better * self.parts.step

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tightfit.cluster.errors import PlacementError
 from tightfit.cluster.planning.inventory import Device
+from tightfit.cluster.planning.lots import device_lots
 from tightfit.cluster.planning.memory import Parts
 from tightfit.cluster.planning.packing import Packer, Run
 from tightfit.cluster.planning.pools import Candidate, Choice, Pools
@@ -62,9 +62,26 @@ def solve(request: PlanRequest) -> Solution | None:
     Raises:
         PlacementError: the request makes no sense for this model or inventory.
     """
-    found = [search.best() for search in searches(request)]
-    solutions = [solution for solution in found if solution is not None]
-    return min(solutions, key=lambda solution: solution.score, default=None)
+    found = [(search, search.cheapest()) for search in searches(request)]
+    costs = [choices[0].cost for _, choices in found if choices]
+    if not costs:
+        return None
+    least = min(costs)
+    rivals = [
+        (search, choices) for search, choices in found if choices and choices[0].cost == least
+    ]
+    bounds = [search.bound(choices) for search, choices in rivals]
+    best: tuple[Score, int] | None = None
+    solution = None
+    # Where there are many nodes to choose from, the most promising spares looking at the others.
+    for number in sorted(range(len(rivals)), key=lambda i: (bounds[i], i)):
+        if best is not None and bounds[number] > best[0]:
+            break
+        search, choices = rivals[number]
+        one = search.best(choices)
+        if best is None or (one.score, number) < best:
+            best, solution = (one.score, number), one
+    return solution
 
 
 def fits(request: PlanRequest) -> bool:
@@ -78,79 +95,40 @@ def fits(request: PlanRequest) -> bool:
 
 def searches(request: PlanRequest) -> Iterator[Search]:
     """One for each node, or all nodes together, and each way to store what is not a layer."""
-    kind, lots = _lots(request)
+    kind, lots = device_lots(request)
     ladder = levels(request, kind)
-    found = variants(request, ladder[0], kind)
-    for devices in lots:
-        for variant in found:
-            yield Search(request, ladder, variant, devices, kind)
-
-
-def _lots(request: PlanRequest) -> tuple[str, list[list[Device]]]:
-    """The kind of all devices, and those that may be used together."""
-    known = {
-        name
-        for device in request.inventory.devices
-        for name in (device.device_id, device.node, device.type.name)
-    }
-    ids = {device.device_id for device in request.inventory.devices}
-    for name in sorted({*request.exclude} - known) + sorted({*request.pins} - ids):
-        raise PlacementError(f"the inventory has no {name}, which is to be excluded or pinned")
-    devices = [
-        device
-        for device in request.inventory.devices
-        if request.exclude.isdisjoint((device.device_id, device.node, device.type.name))
+    if request.spare is Spare.KV:
+        ladder = ladder[:1]
+    found = [
+        (variant, [parts_of(request, variant, level, kind) for level in ladder])
+        for variant in variants(request, ladder[0], kind)
     ]
-    kinds = sorted({device.type.kind for device in devices})
-    if len(kinds) != 1:
-        raise PlacementError(
-            f"a pipeline is on devices of one kind, and these are of {' and '.join(kinds)}: "
-            "exclude one"
-            if kinds
-            else "every device of the inventory is excluded"
-        )
-    _check_pins(request, {device.device_id for device in devices})
-    if not request.same_node:
-        return kinds[0], [devices]
-    by_node: dict[str, list[Device]] = {}
-    for device in devices:
-        by_node.setdefault(device.node, []).append(device)
-    # Of nodes that are alike, the first.
-    distinct: dict[tuple[object, ...], list[Device]] = {}
-    for on_node in by_node.values():
-        if request.pins.keys() <= {device.device_id for device in on_node}:
-            alike = sorted((d.type.name, d.free_bytes, d.total_bytes, d.price) for d in on_node)
-            distinct.setdefault(tuple(alike), on_node)
-    return kinds[0], list(distinct.values())
-
-
-def _check_pins(request: PlanRequest, ids: set[str]) -> None:
-    taken = 0
-    for device_id, (first, end) in sorted(request.pins.items(), key=lambda pin: pin[1]):
-        if device_id not in ids:
-            raise PlacementError(f"{device_id} has layers pinned to it, and is excluded")
-        if not taken <= first < end <= request.model.num_layers:
-            raise PlacementError(
-                f"layers {first}-{end - 1} pinned to {device_id} overlap with others, or are not "
-                f"among the model's {request.model.num_layers}"
-            )
-        taken = end
+    for devices in lots:
+        for variant, parts in found:
+            yield Search(request, ladder, variant, parts, devices)
 
 
 class Search:
-    """The best way with some devices, embedding and KV cache being stored in one way."""
+    """The best way with some devices, embedding and KV cache being stored in one way.
+
+    Args:
+        request: what is asked for.
+        ladder: levels of quality that it may choose from, fewest bits first.
+        variant: how embedding and KV cache are stored.
+        parts: the model's, in each level.
+        devices: that may be used together.
+    """
 
     def __init__(
         self,
         request: PlanRequest,
         ladder: Sequence[Level],
         variant: Variant,
+        parts: Sequence[Parts],
         devices: Sequence[Device],
-        kind: str,
     ) -> None:
         self.request, self.variant = request, variant
-        self._ladder = ladder if request.spare is Spare.QUALITY else ladder[:1]
-        self._parts = [parts_of(request, variant, level, kind) for level in self._ladder]
+        self._ladder, self._parts = ladder, parts
         limit = request.max_dollars
         self.pools = Pools(
             [self._candidate(device) for device in devices],
@@ -212,11 +190,26 @@ class Search:
                 found.append(choice)
         return found
 
-    def best(self) -> Solution | None:
-        """The best way; None: there is none."""
-        choices = self.cheapest()
-        if not choices:
-            return None
+    def bound(self, choices: Sequence[Choice]) -> Score:
+        """No way with one of these choices scores less."""
+        bounds = []
+        for choice in choices:
+            packers = [self.packer(choice.counts, n) for n in range(len(self._ladder))]
+            blocks, quality = self.request.needed_blocks, (0, 0)
+            if self.request.spare is Spare.QUALITY:
+                number = max(
+                    n for n, packer in enumerate(packers)
+                    if n == 0 or packer.spare_bytes(blocks, self._ladder[n].min_better) >= 0
+                )  # fmt: skip
+                packer, num_layers = packers[number], len(self.parts.layers)
+                step = packer.parts.step
+                better = min(num_layers, packer.spare_bytes(blocks, 0) // step) if step else 0
+                quality = (-number, -better)
+            bounds.append(Score(choice.cost, quality, -packers[0].blocks_bound(0), 0))
+        return min(bounds)
+
+    def best(self, choices: list[Choice]) -> Solution:
+        """The best way with one of the choices that `cheapest` found."""
         number, better, choices = self._best_quality(choices)
         blocks, choices = self._most_blocks(number, better, choices)
         best_ns, best = None, None
@@ -267,12 +260,7 @@ class Search:
     ) -> tuple[int, list[Choice]]:
         """(KV blocks on every stage, the choices that have room for them)."""
         packers = {choice: self.packer(choice.counts, level) for choice in choices}
-        most = 0
-        for packer in packers.values():
-            parts = packer.parts
-            left = sum(c.room * c.number for c in packer.classes) - sum(parts.layers)
-            left -= better * parts.step + parts.embedding + min(parts.head, parts.lone_head)
-            most = max(most, left // (parts.kv_block * len(parts.layers)))
+        most = max(packer.blocks_bound(better) for packer in packers.values())
 
         def works(blocks: int) -> bool:
             return any(packer.fits(blocks, better) for packer in packers.values())
