@@ -62,14 +62,7 @@ def solve(request: PlanRequest) -> Solution | None:
     Raises:
         PlacementError: the request makes no sense for this model or inventory.
     """
-    found = [(search, search.cheapest()) for search in searches(request)]
-    costs = [choices[0].cost for _, choices in found if choices]
-    if not costs:
-        return None
-    least = min(costs)
-    rivals = [
-        (search, choices) for search, choices in found if choices and choices[0].cost == least
-    ]
+    rivals = _cheapest(list(searches(request)))
     bounds = [search.bound(choices) for search, choices in rivals]
     best: tuple[Score, int] | None = None
     solution = None
@@ -82,6 +75,23 @@ def solve(request: PlanRequest) -> Solution | None:
         if best is None or (one.score, number) < best:
             best, solution = (one.score, number), one
     return solution
+
+
+def _cheapest(found: Sequence[Search]) -> list[tuple[Search, list[Choice]]]:
+    """Those that hold the model at the least cost of all, with the choices that do."""
+    # What might do costs no more than what does: many nodes need not be looked into.
+    first = {n: next(search.choices(), None) for n, search in enumerate(found)}
+    promising = sorted((choice.cost, n) for n, choice in first.items() if choice is not None)
+    rivals: list[tuple[int, Search, list[Choice]]] = []
+    for bound, number in promising:
+        if rivals and bound > rivals[0][2][0].cost:
+            break
+        if choices := found[number].cheapest():
+            if rivals and choices[0].cost < rivals[0][2][0].cost:
+                rivals.clear()
+            if not rivals or choices[0].cost == rivals[0][2][0].cost:
+                rivals.append((number, found[number], choices))
+    return [(search, choices) for _, search, choices in sorted(rivals, key=lambda one: one[0])]
 
 
 def fits(request: PlanRequest) -> bool:
