@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from tightfit.cluster.errors import PlacementError
 from tightfit.cluster.planning.inventory import Device
-from tightfit.cluster.planning.packing import Packer, Run
+from tightfit.cluster.planning.layout import Packer, Run
+from tightfit.cluster.planning.packing import packer_for
 from tightfit.cluster.planning.plan import Plan, StagePlan
 from tightfit.cluster.planning.planner import Solution, solve
 from tightfit.cluster.planning.request import (
@@ -104,7 +105,7 @@ def _with_embedding_on_device(
     if found.variant.embedding_place == "device" or "device" not in request.embedding_places:
         return found.variant, found.packer
     variant = Variant(embedding_place="device", kv_format=found.variant.kv_format)
-    packer = Packer(
+    packer = packer_for(
         parts_of(request, variant, found.level, kind),
         found.packer.classes,
         found.choice.counts,

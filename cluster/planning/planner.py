@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tightfit.cluster.planning.inventory import Device
+from tightfit.cluster.planning.layout import Packer, Run
 from tightfit.cluster.planning.lots import device_lots
 from tightfit.cluster.planning.memory import Parts
-from tightfit.cluster.planning.packing import Packer, Run
+from tightfit.cluster.planning.packing import packer_for
 from tightfit.cluster.planning.pools import Candidate, Choice, Pools
 from tightfit.cluster.planning.request import (
     Level,
@@ -164,7 +165,7 @@ class Search:
 
     def packer(self, counts: Sequence[int], level: int = 0) -> Packer:
         """Of the roomiest devices, so many of each group."""
-        return Packer(
+        return packer_for(
             self._parts[level],
             self.pools.roomiest(counts),
             counts,
@@ -224,7 +225,7 @@ class Search:
         blocks, choices = self._most_blocks(number, better, choices)
         best_ns, best = None, None
         for choice in choices:
-            packer = Packer(
+            packer = packer_for(
                 self._parts[number],
                 self.pools.in_question(choice.counts),
                 choice.counts,

@@ -16,7 +16,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from tightfit.cluster.planning.inventory import Device
-from tightfit.cluster.planning.packing import DeviceClass
+from tightfit.cluster.planning.layout import DeviceClass
 
 
 class Objective(StrEnum):

@@ -2,18 +2,21 @@
 
 from itertools import combinations, pairwise, permutations, product
 from random import Random
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tightfit.cluster.planning import packing
 from tightfit.cluster.planning.inventory import Device, DeviceType, Inventory
 from tightfit.cluster.planning.planner import solve
 from tightfit.cluster.planning.pools import Objective
-from tightfit.cluster.planning.request import PlanRequest, Spare
+from tightfit.cluster.planning.request import PlanRequest, Spare, Variant, layer_formats
 from tightfit.kernels.formats import kv_vector_bytes
 from tightfit.workers.decoder_config import decoder_config
 from tightfit.workers.model_formats import model_formats
+from tightfit.workers.sensitivity import BLOCK_ROLES, MIX_FORMATS
 from tightfit.workers.shard_bytes import (
     bits_per_weight,
     embedding_bytes,
@@ -68,6 +71,9 @@ def request_of(seed):
     formats = draw(
         [("int3",), ("int4",), ("int8", "int4"), ("int3", "int4"), ("int3", "int4", "int8")]
     )
+    first = draw(range(model.num_layers))
+    pin = {"n:0": (first, draw(range(first + 1, model.num_layers + 1)))}
+    mix = tuple({role: draw(MIX_FORMATS) for role in BLOCK_ROLES} for _ in range(model.num_layers))
     return PlanRequest(
         model=model,
         inventory=Inventory(devices=devices),
@@ -78,11 +84,13 @@ def request_of(seed):
         head_format=draw(["auto", "auto", "bf16"]),
         kv_formats=draw([("auto",), ("int8",), ("auto", "int8")]),
         embedding_places=draw([("host",), ("device",), ("host", "device")]),
-        min_bits=draw([0.0, 0.0, 3.4, 4.2]) if "int4" in formats else 0.0,
+        min_bits=draw([0.0, 0.0, 3.4, 4.2]) if "int4" in formats and mix is None else 0.0,
         spare=draw(list(Spare)),
         objective=draw(list(Objective)),
         max_devices=draw([None, None, None, None, 2]),
         max_dollars=draw([None, None, None, None, 6.0]),
+        pins=draw([{}, {}, {}, {}, pin]),
+        mix=mix,
         max_batch_tokens=16,
         room_grain_bytes=1,
     )
@@ -110,6 +118,9 @@ def every_way(request):
 def every_level(request):
     """(Lesser format, better format), fewest bits first, of those with the bits that are asked."""
     model = request.model
+    if request.mix is not None:
+        yield "int4", "int4"  # neither counts
+        return
     ranked = [name for name in ("int3", "int4", "int8") if name in request.formats]
     pairs = (
         pairwise(ranked)
@@ -124,9 +135,10 @@ def every_level(request):
 def ways(request, level, less, more, place, kv):
     """The score of each way that fits with some formats."""
     model, num_layers = request.model, request.model.num_layers
-    kinds = {"kv": kv, "embedding_place": place, "head": request.head_format, "device": "cuda"}
-    formats = {name: model_formats(model, name, **kinds) for name in (less, more)}
-    layer = {name: layer_bytes(model, formats[name], 0) for name in formats}
+    variant = Variant(embedding_place=place, kv_format=kv)
+    formats = {name: layer_formats(request, variant, name, "gpu") for name in (less, more)}
+    lesser = [layer_bytes(model, formats[less], i) for i in range(num_layers)]
+    step = layer_bytes(model, formats[more], 0) - lesser[0] if less != more else 0
     bits = {name: bits_per_weight(model, formats[name], [0]) for name in formats}
     ends = formats[more]
     vector = kv_vector_bytes(ends.kv, model.head_dim)
@@ -139,16 +151,18 @@ def ways(request, level, less, more, place, kv):
             if cost is None:
                 continue
             for cut in compositions(num_layers, count):
+                where = {d.device_id: run for d, run in zip(used, cut, strict=True)}
+                if any(where.get(name) != run for name, run in request.pins.items()):
+                    continue
                 numbers = [range(end - first + 1) if less != more else [0] for first, end in cut]
                 for better in product(*numbers):
                     total = sum(better)
                     mean = (total * bits[more] + (num_layers - total) * bits[less]) / num_layers
-                    if mean < request.min_bits - 1e-9:
+                    if request.mix is None and mean < request.min_bits - 1e-9:
                         continue
                     blocks, slowest = [], []
                     for device, (first, end), high in zip(used, cut, better, strict=True):
-                        low = end - first - high
-                        read = low * layer[less] + high * layer[more]
+                        read = sum(lesser[first:end]) + high * step
                         held = read
                         if first == 0:
                             held += embedding_bytes(model, ends)
@@ -179,17 +193,22 @@ def cost_of(request, used):
 
 
 def check(request):
-    best, found = every_way(request), solve(request)
-    assert (None if found is None else tuple(found.score)) == best
-    if found is None:
-        return False
+    best = every_way(request)
+    for many in (0, 10**9):  # by either search, where either can
+        with patch.object(packing, "MANY_STATES", many):
+            found = solve(request)
+        assert (None if found is None else tuple(found.score)) == best
+        if found is not None:
+            check_runs(request, found)
+
+
+def check_runs(request, found):
     # What it says of itself is so: the stages hold every layer once, with room for the blocks.
     runs = found.runs
     assert [run.first for run in runs] == [0, *(run.end for run in runs[:-1])]
     assert runs[-1].end == request.model.num_layers
     assert min(found.packer.spare_blocks(run) for run in runs) == found.kv_blocks
     assert max(found.packer.stage_ns(run) for run in runs) == found.score.slowest_ns
-    return True
 
 
 @given(request=requests)
