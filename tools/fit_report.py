@@ -8,15 +8,23 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 from pathlib import Path
 
 from tightfit.cluster.planning.assembly import make_plan
 from tightfit.cluster.planning.explain import explain
-from tightfit.cluster.planning.inventory import CONFIGS, Device, Inventory, read_device_types
+from tightfit.cluster.planning.inventory import (
+    CONFIGS,
+    Device,
+    Inventory,
+    read_device_types,
+    read_inventory,
+)
+from tightfit.cluster.planning.layout import Run
 from tightfit.cluster.planning.memory import DEVICE_CONTEXT_BYTES, Reserve
-from tightfit.cluster.planning.planner import searches, solve
+from tightfit.cluster.planning.planner import Solution, searches, solve
 from tightfit.cluster.planning.report import report
 from tightfit.cluster.planning.request import PlanRequest, Spare
 from tightfit.cluster.settings import as_mapping, read_yaml
@@ -31,6 +39,7 @@ MODELS = {
     "llama-3.1-70b": "Llama-3.1-70B",
 }
 DEVICES = ("h200", "a100-80", "a6000", "a100-40", "v100-32", "rtx-3090", "t4")
+LOTS = ("mixed-lot", "half-taken", "three-node-pool")
 CONTEXT = 2048
 MOST_DEVICES = 64
 TYPES = read_device_types()
@@ -199,10 +208,60 @@ def claims() -> Iterator[str]:
     yield from details
 
 
+def beside_equal_split() -> Iterator[str]:
+    """Tokens that the stages of a mixed lot hold, by plan and by equal numbers of layers."""
+    yield "## Beside a split by number of layers"
+    yield ""
+    yield "On inventories of unequal devices, all layers in `int4`: the KV tokens of the worst stage"
+    yield "by plan, and when the same devices, in the best order, get equal numbers of layers (the"
+    yield "roomiest those that are left over)."
+    yield ""
+    yield "| model | inventory | devices | layers by plan | tokens | equal | tokens |"
+    yield "|---|---|---|---|---:|---|---:|"
+    for name in ("bloom-176b", "opt-175b"):
+        for lot in LOTS:
+            yield _equal_split_row(name, lot)
+    yield ""
+
+
+def _equal_split_row(name: str, lot: str) -> str:
+    model = model_config(name)
+    inventory = read_inventory(CONFIGS / "inventories" / f"{lot}.yaml")
+    request = PlanRequest(model=model, inventory=inventory, context=CONTEXT, formats=("int4",))
+    found = solve(request)
+    if found is None:
+        return f"| {MODELS[name]} | {lot} | does not fit | | | | |"
+    plan = make_plan(name, request, found)
+    share, left = divmod(model.num_layers, len(plan.stages))
+    rooms = [found.packer.classes[run.device_class].room for run in found.runs]
+    roomiest = sorted(range(len(rooms)), key=lambda i: -rooms[i])[:left]
+    counts = {i: share + (i in roomiest) for i in range(len(rooms))}
+    tokens = max(
+        _worst_tokens(found, order, [counts[i] for i in order])
+        for order in permutations(range(len(rooms)))
+    )
+    equal = ", ".join(str(counts[i]) for i in range(len(rooms)))
+    return (
+        f"| {MODELS[name]} | {lot} | {', '.join(s.type for s in plan.stages)} | "
+        f"{', '.join(str(s.num_layers) for s in plan.stages)} | {plan.kv_tokens:,} | {equal} | "
+        f"{f'{tokens:,}' if tokens >= 0 else 'weights do not fit'} |"
+    )
+
+
+def _worst_tokens(found: Solution, order: Sequence[int], counts: Sequence[int]) -> int:
+    """Of stages on the plan's devices, in an order, with so many layers each."""
+    blocks, first = [], 0
+    for i, count in zip(order, counts, strict=True):
+        run = Run(found.runs[i].device_class, first, first + count, 0)
+        blocks.append(found.packer.spare_blocks(run))
+        first += count
+    return min(blocks) * 16
+
+
 def document() -> str:
     """docs/fit.md: what is written by hand, and what is computed."""
     head, _, _ = DOCUMENT.read_text().partition(MARK)
-    return "\n".join([head + MARK, "", *claims(), *tables()]).rstrip() + "\n"
+    return "\n".join([head + MARK, "", *claims(), *beside_equal_split(), *tables()]).rstrip() + "\n"
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ from tightfit.cluster.planning.by_state import ByState, num_states
 from tightfit.cluster.planning.layout import DeviceClass, Packer
 from tightfit.cluster.planning.memory import Parts
 
-MANY_STATES = 500
+MANY_STATES = 100
 """Of devices in use, from which on layers that are alike are laid without telling the states
 apart. Both ways find the same."""
 
