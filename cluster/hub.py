@@ -130,15 +130,19 @@ def download_config(name: HubName) -> Path:
             cached.
     """
     from httpx2 import TransportError
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download
 
+    try:
+        HfApi().model_info(name.repo, revision=name.revision)  # says at once what is wrong
+    except (OSError, TransportError) as error:
+        if refusal := _refusal(name, error):
+            raise refusal from error
+        return Path(_cached(name, error)) / "config.json"
     try:
         return Path(hf_hub_download(name.repo, "config.json", revision=name.revision))
     except (OSError, TransportError) as error:
-        raise _refusal(name, error) or ConfigError(
-            f"{name}: there is no such file or directory here, and its config.json cannot be had "
-            f"from the hub ({_reason(error)}), nor is it in the cache"
-        ) from error
+        broken_off = ConfigError(f"{name}: its config.json cannot be had ({_reason(error)})")
+        raise _refusal(name, error) or broken_off from error
 
 
 def _refusal(name: HubName, error: Exception) -> ConfigError | None:

@@ -120,6 +120,8 @@ def read_model_config(model: str) -> Mapping[str, object]:
             f"{model}: plans are made from a config.json, which a GGUF file has none of. Give the "
             "directory or hub name of the model that it was made from"
         )
+    elif path.is_file() and path.suffix not in (".json", ".yaml"):
+        raise ConfigError(f"{model}: is a file, but neither .json nor .yaml")
     elif not path.exists():
         if shipped.exists():
             path = shipped
@@ -128,7 +130,15 @@ def read_model_config(model: str) -> Mapping[str, object]:
         else:
             known = ", ".join(sorted(file.stem for file in shipped.parent.glob("*.yaml")))
             raise ConfigError(f"{model}: no such directory, and not one of {known}")
-    return as_mapping(read_yaml(path), str(path))  # JSON is YAML
+    return as_mapping(_read_json(path) if path.suffix == ".json" else read_yaml(path), str(path))
+
+
+def _read_json(path: Path) -> object:
+    """Not as YAML, for which 1e-05 is text."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
 
 
 def _model_name(model: str) -> str:

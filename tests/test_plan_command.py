@@ -88,7 +88,7 @@ def test_a_checkpoints_own_config_is_planned_from(capsys, tmp_path):
             {
                 "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536,
                 "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-                "vocab_size": 49152, "max_position_embeddings": 1024,
+                "vocab_size": 49152, "max_position_embeddings": 1024, "rms_norm_eps": 1e-05,
             }
         )
     )  # fmt: skip
@@ -112,6 +112,8 @@ def test_what_does_not_fit_exits_with_1_and_says_what_would(capsys):
         (["bloom-176b", "--inventory", "x"], 1, "x: no such inventory; those that come with"),
         (["bloom-17", "--inventory", "2xh200"], 1, "not one of bloom-176b, llama"),
         (["m.gguf", "--inventory", "2xh200"], 1, "which a GGUF file has none of"),
+        ([*BLOOM[1:], "--formats", "fp32"], 1, "fp32 is for CPUs"),
+        ([*BLOOM[1:], "--head-format", "fp32"], 1, "choose fp32 for both or for neither"),
         ([*BLOOM[1:], "--formats", "int9"], 2, "plan.formats: 'int9' is not one of auto, fp32"),
         ([*BLOOM[1:], "--formats", "int4,"], 2, "is not a list such as a,b"),
         ([*BLOOM[1:], "--kv-formats", "int4"], 2, "'int4' is neither auto nor int8"),
@@ -153,3 +155,21 @@ def test_the_answer_for_a_176b_model_is_there_in_less_than_a_second():
         subprocess.run([TIGHTFIT, *BLOOM], capture_output=True, check=True)
         times.append(time.perf_counter() - started)
     assert min(times) < 1.0  # 0.25 s on an idle core
+
+
+def test_a_checkpoint_that_is_quantised_is_planned_as_it_is(capsys, tmp_path):
+    config = {
+        "model_type": "llama", "hidden_size": 512, "intermediate_size": 1024,
+        "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8,
+        "vocab_size": 1000, "max_position_embeddings": 256,
+        "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = ["plan", str(tmp_path), "--inventory", "8xrtx-3090", "--json"]
+    held = json.loads(printed(capsys, arguments))["plan"]
+    assert held["stages"][0]["formats"] == "auto*4"
+    assert held["bits_per_weight"] == pytest.approx(4.25)
+    anew = json.loads(printed(capsys, [*arguments, "--formats", "int8"]))["plan"]
+    assert anew["bits_per_weight"] == pytest.approx(8.0, abs=0.05)
+    mixed = [*arguments, "--formats", "int4,int8", "--mixed", "--spare", "quality"]
+    json.loads(printed(capsys, mixed))

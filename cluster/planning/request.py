@@ -110,15 +110,24 @@ class Variant:
 
 
 def layer_formats(request: PlanRequest, variant: Variant, layers: str, kind: str) -> ModelFormats:
-    """All formats of the model with its layers in one, on devices of a kind ("gpu", "cpu")."""
-    formats = model_formats(
-        request.model,
-        layers,
-        head=request.head_format,
-        kv=variant.kv_format,
-        embedding_place=variant.embedding_place,
-        device="cpu" if kind == "cpu" else "cuda",
-    )
+    """All formats of the model with its layers in one, on devices of a kind ("gpu", "cpu").
+
+    Raises:
+        PlacementError: formats do not go together, or not with such devices.
+    """
+    try:
+        formats = model_formats(
+            request.model,
+            layers,
+            head=request.head_format,
+            kv=variant.kv_format,
+            embedding_place=variant.embedding_place,
+            device="cpu" if kind == "cpu" else "cuda",
+        )
+    except ValueError as error:
+        raise PlacementError(str(error)) from error
+    if kind == "gpu" and Format.FP32 in (formats.layers, formats.head):
+        raise PlacementError("fp32 is for CPUs: stages on GPUs compute in 16 bits. Choose bf16")
     if request.mix is None:
         return formats
     group_size = formats.group_size
