@@ -40,7 +40,7 @@ class ByState(Packer):
         read_blocks: int,
     ) -> None:
         super().__init__(parts, classes, wanted, read_blocks=read_blocks)
-        self._has_pins = any(c.only is not None for c in classes)
+        self._pinned = sorted(c.only for c in classes if c.only is not None)
         self._states = list(_states(classes, wanted))
         self._in_use = [sum(state) for state in self._states]
         index = {state: number for number, state in enumerate(self._states)}
@@ -48,16 +48,16 @@ class ByState(Packer):
         self._finals = [n for n, used in enumerate(self._in_use) if used == self.num_stages]
 
     def most_better(self, blocks: int, limit_ns: int | None = None) -> int | None:
-        if not self._has_pins and self._reach(blocks, limit_ns) < self.num_layers:
+        if not self._pinned and self._reach(blocks, limit_ns) < self.num_layers:
             return None
-        if not self._has_pins and not self.parts.step:
+        if not self._pinned and not self.parts.step:
             return 0
         tables = self._tables(blocks, limit_ns)
         found = [tables[n][self.num_layers] for n in self._finals if self.num_layers in tables[n]]
         return max(found, default=None)
 
     def fits(self, blocks: int, num_better: int, limit_ns: int | None = None) -> bool:
-        if num_better == 0 and not self._has_pins:
+        if num_better == 0 and not self._pinned:
             return self._reach(blocks, limit_ns) >= self.num_layers
         return super().fits(blocks, num_better, limit_ns)
 
@@ -141,12 +141,18 @@ class ByState(Packer):
         limit_ns: int | None,
     ) -> None:
         """Enter every end that one more stage from `first` on can have."""
-        for end in range(max(ends.start, first + 1), ends.stop):
+        only = self.classes[device_class].only
+        stop = ends.stop
+        for pinned, _ in self._pinned:
+            if pinned >= first and only is None:  # up to there, and another device goes on
+                stop = min(stop, pinned + 1)
+                break
+        if only is not None:
+            ends, stop = range(max(ends.start, only[1]), stop), min(stop, only[1] + 1)
+        for end in range(max(ends.start, first + 1), stop):
             more = self.most_on_stage(device_class, first, end, blocks, limit_ns)
             if more is None:
-                if self.classes[device_class].only is None:
-                    return  # nor does it hold any more layers
-                continue
+                return  # nor does it hold any more layers
             if better + more > table.get(end, -1):
                 table[end] = better + more
 

@@ -82,6 +82,19 @@ def why_not(name: str, request: PlanRequest) -> str:
 
 def shortfall(request: PlanRequest) -> str:
     """What lacks where the request cannot be met: by the node and formats that come closest."""
+    if request.max_dollars is not None:
+        cheapest = solve(replace(request, max_dollars=None, objective=Objective.DOLLARS))
+        if cheapest is not None:
+            return (
+                f"the cheapest devices that would do cost ${cheapest.score.cost[0] / 1e6:.2f} an "
+                f"hour, and ${request.max_dollars:.2f} are allowed"
+            )
+    # Not even without constraints on price and layers, or because of the latter.
+    request = replace(request, max_dollars=None, objective=Objective.DEVICES)
+    if request.pins:
+        request, pinned = replace(request, pins={}), request
+        if fits(request):
+            return f"not with layers pinned to {', '.join(sorted(pinned.pins))}"
     closest = max((_Shortfall.of(search) for search in searches(request)), key=_Shortfall.rank)
     return closest.text
 
@@ -140,8 +153,6 @@ class _Shortfall:
 def _subject(search: Search) -> str:
     """The devices that were tried: no others hold more."""
     there, most = search.pools.num_devices, search.request.max_devices
-    if search.request.max_dollars is not None:
-        return f"devices for ${search.request.max_dollars:.2f} an hour"
     if most is None or most >= there:
         return f"all {there} devices" if there > 1 else "the one device would"
     return f"the roomiest {most}" if most > 1 else "the roomiest alone would"
@@ -176,6 +187,10 @@ def _binding(solution: Solution, plan: Plan) -> str:
 
 def _remedies(request: PlanRequest, *, may_add: bool) -> Iterator[str]:
     """Single changes that would make an unfit request fit, those that cost least quality first."""
+    if request.max_dollars is not None and (dollars := _enough_dollars(request)):
+        yield dollars
+    if request.pins and fits(replace(request, pins={})):
+        yield "no layers pinned"
     if "host" not in request.embedding_places:
         host = replace(request, embedding_places=("host",))
         if fits(host):
@@ -192,6 +207,11 @@ def _remedies(request: PlanRequest, *, may_add: bool) -> Iterator[str]:
         yield lesser
     if may_add and (more := _more_devices(request)):
         yield more
+
+
+def _enough_dollars(request: PlanRequest) -> str | None:
+    found = solve(replace(request, max_dollars=None, objective=Objective.DOLLARS))
+    return None if found is None else f"${found.score.cost[0] / 1e6:.2f} an hour"
 
 
 def _most_needed_blocks(request: PlanRequest) -> int:

@@ -93,7 +93,9 @@ class Pools:
 
     def choices(self, layer_bytes: int, num_layers: int) -> Iterator[Choice]:
         """Choices that might hold so many layers of at least so many bytes, cheapest first."""
-        holds = [[one.room // layer_bytes for one in group] for group in self.groups]
+        holds = [[_most_layers(one, layer_bytes) for one in group] for group in self.groups]
+        if not all(group[0] for group in holds[: self._num_pinned]):
+            return  # what is pinned to a device has no room there
         if sum(heapq.nlargest(num_layers, (n for group in holds for n in group))) < num_layers:
             return
         base = (1,) * self._num_pinned + (0,) * (len(self.groups) - self._num_pinned)
@@ -164,6 +166,15 @@ class Pools:
             for one in self.groups[device_class.group]
             if one.room == device_class.room and one.device.type.gb_per_s == device_class.gb_per_s
         ]
+
+
+def _most_layers(candidate: Candidate, layer_bytes: int) -> int:
+    """Those pinned to it, or none; else as many as it has room for."""
+    room = candidate.room // layer_bytes
+    if candidate.only is None:
+        return room
+    pinned = candidate.only[1] - candidate.only[0]
+    return pinned if pinned <= room else 0
 
 
 def _classes(
