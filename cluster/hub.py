@@ -122,6 +122,29 @@ def download(name: HubName) -> Path:
     return path / name.file if name.file else path
 
 
+def download_config(name: HubName) -> Path:
+    """The config.json of a model, downloaded unless it is in the cache already; no weights.
+
+    Raises:
+        ConfigError: the hub has no such model, refuses it, or cannot be asked, and nothing is
+            cached.
+    """
+    from httpx2 import TransportError
+    from huggingface_hub import HfApi, hf_hub_download
+
+    try:
+        HfApi().model_info(name.repo, revision=name.revision)  # says at once what is wrong
+    except (OSError, TransportError) as error:
+        if refusal := _refusal(name, error):
+            raise refusal from error
+        return Path(_cached(name, error)) / "config.json"
+    try:
+        return Path(hf_hub_download(name.repo, "config.json", revision=name.revision))
+    except (OSError, TransportError) as error:
+        broken_off = ConfigError(f"{name}: its config.json cannot be had ({_reason(error)})")
+        raise _refusal(name, error) or broken_off from error
+
+
 def _refusal(name: HubName, error: Exception) -> ConfigError | None:
     """What the hub's answer means; None when it is not an answer about this model."""
     from huggingface_hub import errors as hub

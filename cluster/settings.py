@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import math
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -38,6 +38,7 @@ class Option:
     key: str | None = None
     """Name in the file and of the flag, where it is not the field's."""
     at_least: float | None = None
+    at_most: float | None = None
     choices: tuple[str, ...] = ()
     check: Callable[[str], object] | None = None
     """Raises ValueError on text that cannot be used."""
@@ -92,22 +93,38 @@ def read_file(
     Raises:
         ConfigError: it cannot be read, is not YAML, or has an unknown or repeated key.
     """
+    found = {}
+    for name, values in as_mapping(read_yaml(path), str(path)).items():
+        if name not in sections:
+            raise ConfigError(f"{path}: {_unknown(name, list(sections))}")
+        found[name] = as_mapping(values, f"{path}: {name}")
+        known = [setting.key for setting in settings(sections[name])]
+        try:
+            refuse_unknown(found[name], known, name)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+    return found
+
+
+def read_yaml(path: Path) -> object:
+    """What a YAML file holds; no mapping of it has the same key twice.
+
+    Raises:
+        ConfigError: it cannot be read, or is not YAML.
+    """
     try:
-        tree = yaml.load(path.read_text(), Loader=_UniqueKeyLoader)
+        return yaml.load(path.read_text(), Loader=_UniqueKeyLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    found = {}
-    for name, values in _mapping(tree, str(path)).items():
-        if name not in sections:
-            raise ConfigError(f"{path}: {_unknown(name, list(sections))}")
-        found[name] = _mapping(values, f"{path}: {name}")
-        known = [setting.key for setting in settings(sections[name])]
-        for key in found[name]:
-            if key not in known:
-                raise ConfigError(f"{path}: {_unknown(key, known, prefix=f'{name}.')}")
-    return found
+
+
+def refuse_unknown(values: Values, known: Sequence[str], section: str) -> None:
+    """Raises ConfigError on a key that is not among the known, with the nearest one that is."""
+    for key in values:
+        if key not in known:
+            raise ConfigError(_unknown(key, list(known), prefix=f"{section}."))
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -126,7 +143,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _mapping(value: object, where: str) -> dict[str, object]:
+def as_mapping(value: object, where: str) -> dict[str, object]:
+    """Keys and values of a YAML mapping; nothing at all is an empty one.
+
+    Raises:
+        ConfigError: it is something else.
+    """
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -188,6 +210,8 @@ def _check_range(
         raise ConfigError(f"{where}: {value} is not finite")
     if option.at_least is not None and value < option.at_least:
         raise ConfigError(f"{where}: {value} is less than {option.at_least:g}")
+    if option.at_most is not None and value > option.at_most:
+        raise ConfigError(f"{where}: {value} is more than {option.at_most:g}")
     if option.check is not None:
         try:
             option.check(value)

@@ -109,3 +109,8 @@ def test_the_command_line_starts_without_torch_ray_or_grpc():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_the_counts_of_devices_in_the_documents_are_what_the_planner_finds():
+    subprocess.run([sys.executable, ROOT / "tools" / "fit_report.py", "--check"], check=True)

@@ -206,7 +206,7 @@ def hub():
     thread.join()
 
 
-def resolve(model, home, url):
+def resolve(model, home, url, code=RESOLVE):
     """`resolve_model` in a process of its own: the hub library reads its settings once."""
     environment = os.environ | {
         "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
@@ -214,7 +214,7 @@ def resolve(model, home, url):
     }  # fmt: skip
     environment.pop("HF_HUB_OFFLINE", None)
     return subprocess.run(
-        [sys.executable, "-c", RESOLVE, model],
+        [sys.executable, "-c", code, model],
         env=environment, cwd=home, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 
@@ -251,6 +251,37 @@ def test_what_the_hub_does_not_give_is_explained(hub, tmp_path, model, says):
     assert says in done.stderr
     assert model in done.stderr
     assert "Traceback" not in done.stderr
+
+
+CONFIG = (
+    RESOLVE.replace("resolve_model(sys.argv[1])", "download_config(parse_hub_name(sys.argv[1]))")
+).replace("import resolve_model", "import download_config, parse_hub_name")
+
+
+def test_of_a_model_that_is_only_planned_no_weights_are_downloaded(hub, tmp_path):
+    hub.fetched.clear()
+    first = resolve("org/small", tmp_path, hub.url, CONFIG)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.endswith("/config.json\n")
+    assert hub.fetched == ["config.json"]
+    away = resolve("org/small", tmp_path, "http://127.0.0.1:1", CONFIG)
+    assert away.stdout == first.stdout
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("org/none", "no such file or directory here, and no such model on the hub"),
+        ("org/gated", "HF_TOKEN"),
+    ],
+)
+def test_a_config_that_the_hub_does_not_give_is_explained(hub, tmp_path, model, says):
+    done = resolve(model, tmp_path, hub.url, CONFIG)
+    assert done.returncode == 1
+    assert says in done.stderr
+    away = resolve(model, tmp_path, "http://127.0.0.1:1", CONFIG)
+    assert "no earlier download is in its cache" in away.stderr
+    assert "Traceback" not in done.stderr + away.stderr
 
 
 def test_a_gguf_file_that_is_a_link_into_a_cache_keeps_its_name(tmp_path):

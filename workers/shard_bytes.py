@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from tightfit.kernels.formats import (
@@ -14,7 +14,7 @@ from tightfit.kernels.formats import (
     linear_bytes,
 )
 from tightfit.workers.decoder_config import DecoderConfig, Norm, Position
-from tightfit.workers.model_formats import ModelFormats, Role
+from tightfit.workers.model_formats import BLOCK_ROLES, ModelFormats, Role
 
 MAX_LOGIT_ROWS = 64
 """Rows of logits in memory at once; more are computed in several goes."""
@@ -104,17 +104,24 @@ def format_label(
 ) -> str:
     """How the linear layers of some blocks are held: "int4", or where formats differ
     "int3/int4 mixed, 3.60 bits", of each weight, scales and zero points included."""
-    held: set[Format] = set()
-    num_bytes = num_weights = 0
-    for layer in range(first_layer, config.num_layers if end_layer is None else end_layer):
-        for role, n_out, n_in, _ in _layer_shapes(config):
-            held.add(formats.scheme(role, layer).format)
-            num_bytes += _linear_bytes(formats, role, n_out, n_in, layer=layer)
-            num_weights += n_out * n_in
+    layers = range(first_layer, config.num_layers if end_layer is None else end_layer)
+    held = {formats.scheme(role, i).format for i in layers for role in BLOCK_ROLES}
     if len(held) == 1:
         return held.pop()
     names = "/".join(fmt for fmt in reversed(Format) if fmt in held)
-    return f"{names} mixed, {8 * num_bytes / num_weights:.2f} bits"
+    return f"{names} mixed, {bits_per_weight(config, formats, layers):.2f} bits"
+
+
+def bits_per_weight(config: DecoderConfig, formats: ModelFormats, layers: Iterable[int]) -> float:
+    """Mean of the linear layers of some blocks: scales and zero points counted, biases and a GPU's
+    padding not."""
+    num_bytes = num_weights = 0
+    for layer in layers:
+        for role, n_out, n_in, _ in _layer_shapes(config):
+            scheme = formats.scheme(role, layer)
+            num_bytes += linear_bytes(scheme.format, n_out, n_in, group_size=scheme.group_size)
+            num_weights += n_out * n_in
+    return 8 * num_bytes / num_weights
 
 
 def table_bytes(config: DecoderConfig, formats: ModelFormats) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from tightfit.cluster.errors import PlacementError
 from tightfit.cluster.planning.split import split_layers
@@ -16,6 +17,38 @@ from tightfit.workers.shard_bytes import (
     shard_bytes,
     workspace_bytes,
 )
+
+DEVICE_CONTEXT_BYTES = 512 * 2**20
+"""Of a CUDA context with our kernels loaded: what a GPU that nobody uses has less than its total,
+once a stage has begun."""
+STAGE_RESERVE_BYTES = 512 * 2**20
+STAGE_RESERVE_SHARE = 50
+"""What a stage leaves of a GPU's free memory, bytes and a part of its total, as
+`workers.stage.free_gpu_bytes` does: for graphs, cuBLAS and the allocator's fragments."""
+SAFE_RESERVE_BYTES = 1930 * 2**20 - DEVICE_CONTEXT_BYTES
+SAFE_RESERVE_SHARE = 20
+
+
+class Reserve(StrEnum):
+    """How much of a GPU's free memory stays unplanned. What is left of T bytes when nobody else
+    uses the GPU is given for each; the workspace of the largest micro-batch comes on top."""
+
+    TIGHT = "tight"
+    """What a stage itself leaves: 0.98 T − 1 GiB."""
+    SAFE = "safe"
+    """As planners do that count no workspace: 0.95 T − 1,930 MiB."""
+
+
+def usable_bytes(free: int, total: int, reserve: Reserve, *, is_gpu: bool) -> int:
+    """What of a device's free bytes a plan may fill with weights, KV cache and workspace.
+
+    A share of a host is what its operator declares, and all of it may be filled.
+    """
+    if not is_gpu:
+        return free
+    if reserve is Reserve.SAFE:
+        return max(0, free - SAFE_RESERVE_BYTES - total // SAFE_RESERVE_SHARE)
+    return max(0, free - STAGE_RESERVE_BYTES - total // STAGE_RESERVE_SHARE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +89,74 @@ def stage_bytes(
             has_head=end_layer == model.num_layers,
         ),
         kv_cache=kv_blocks * kv_block_bytes(model, formats, end_layer - first_layer, block_size),
+        workspace=workspace_bytes(model, formats, max_batch_tokens),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What a model's parts take, each in its format: what the planner lays over devices."""
+
+    layers: tuple[int, ...]
+    """Weights of each layer, in the lesser of two formats if there are two."""
+    step: int = 0
+    """What any layer takes more in the better format; 0: there is one format."""
+    embedding: int
+    """On the first stage, besides its layers."""
+    head: int
+    """On the last."""
+    lone_head: int
+    """The same where one stage holds everything, and the head's tensor is the embedding's."""
+    kv_block: int
+    """One KV block of one layer."""
+    workspace: int
+    """On every stage."""
+
+    def is_no_larger_than(self, other: Parts) -> bool:
+        """Nothing takes more than there."""
+        names = ("step", "embedding", "head", "lone_head", "kv_block", "workspace")
+        pairs = [(getattr(self, name), getattr(other, name)) for name in names]
+        return all(
+            mine <= theirs
+            for mine, theirs in [*pairs, *zip(self.layers, other.layers, strict=True)]
+        )
+
+
+def model_parts(
+    model: DecoderConfig,
+    formats: ModelFormats,
+    better: ModelFormats | None = None,
+    *,
+    block_size: int,
+    max_batch_tokens: int,
+) -> Parts:
+    """Bytes of a model's parts, by the formulas that a stage checks itself against.
+
+    Args:
+        model: the decoder.
+        formats: of its parts.
+        better: the same with layers in a format of more bits, which some layers may have.
+        block_size: tokens in a KV block.
+        max_batch_tokens: most tokens in a micro-batch.
+
+    Raises:
+        PlacementError: the better format costs more in one layer than in another.
+    """
+    weights = model_bytes(model, formats)
+    ends = model_bytes(model, better or formats)  # projections beside the blocks, where there are
+    steps = {more - less for more, less in zip(ends.layers, weights.layers, strict=True)}
+    if len(steps) > 1:
+        raise PlacementError(
+            "formats are mixed layer by layer only where all layers are alike, and some of this "
+            "checkpoint's are quantised already: allow one format, or auto"
+        )
+    return Parts(
+        layers=weights.layers,
+        step=steps.pop(),
+        embedding=ends.embedding,
+        head=ends.head,
+        lone_head=head_bytes(model, better or formats, shared=ends.head_shared),
+        kv_block=kv_block_bytes(model, formats, 1, block_size),
         workspace=workspace_bytes(model, formats, max_batch_tokens),
     )
 
