@@ -470,7 +470,7 @@ class PlanConfig:
     ] = None
     max_loss: Annotated[
         float | None,
-        Option("Most divergence by these sensitivities, summed, in nats.", at_least=0),
+        Option("Most loss by these sensitivities, summed, in nats.", at_least=0),
     ] = None
     spare: Annotated[
         str,

@@ -11,6 +11,7 @@ from tightfit.cluster.config import (
     SECTIONS,
     ServeConfig,
     client_config,
+    plan_config,
     probe_config,
     quantize_config,
     read_config_file,
@@ -24,6 +25,7 @@ MAKERS = {
     "serve": serve_config,
     "client": client_config,
     "quantize": quantize_config,
+    "plan": plan_config,
     "probe": probe_config,
 }
 
@@ -163,6 +165,7 @@ def test_no_value_of_any_type_gets_past_the_checks_with_another_error(section, d
     )
     setting = data.draw(st.sampled_from(settings(SECTIONS[section])))
     required = {"serve": {"model": "m"}, "quantize": {"model": "m", "out": "o"}}
+    required["plan"] = {"model": "m", "inventory": "i"}
     given_values = required.get(section, {})
     given_values[setting.key] = data.draw(values)
     make = MAKERS[section]

@@ -220,6 +220,14 @@ def mix_for_bits(sensitivities: Sensitivities, bits: float) -> FormatMix:
     return tuple(layers)
 
 
+def mix_loss(sensitivities: Sensitivities, mix: FormatMix) -> float:
+    """What a mix loses in all, as `mix_for_bits` counts it, in nats."""
+    return sum(
+        _choices(unit)[MIX_FORMATS.index(mix[unit.layer][unit.role])].loss
+        for unit in sensitivities.units
+    )
+
+
 def _choices(unit: UnitSensitivity) -> list[Choice]:
     """In the order of `MIX_FORMATS`, losses made to rise as bits fall."""
     choices: list[Choice] = []

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cache
 
 from tightfit.cluster.errors import PlacementError
-from tightfit.cluster.planning.mix import mix_for_bits
+from tightfit.cluster.planning.mix import mix_for_bits, mix_loss
 from tightfit.cluster.planning.planner import fits, last_that, searches
 from tightfit.cluster.planning.pools import Objective
 from tightfit.cluster.planning.request import PlanRequest, Spare
@@ -31,7 +31,7 @@ def with_best_mix(
     Args:
         request: what is asked for; of its formats none counts.
         sensitivities: measured on this model.
-        max_loss: most of the summed divergence, in nats; None: any.
+        max_loss: most of the summed loss increase, in nats; None: any.
 
     Raises:
         PlacementError: they are another model's, or no mix loses so little.
@@ -75,14 +75,6 @@ def with_best_mix(
         bounded = replace(made, max_dollars=cost[0] / 1e6, max_devices=cost[1])
     best = last_that(lambda bits: fits(replace(bounded, mix=mix(bits))), low, most)
     return replace(made, mix=mix(best))
-
-
-def mix_loss(sensitivities: Sensitivities, mix: FormatMix) -> float:
-    """Summed divergence of a mix, in nats."""
-    return sum(
-        max(0.0, unit.formats[mix[unit.layer][unit.role]].divergence)
-        for unit in sensitivities.units
-    )
 
 
 def _bytes(sensitivities: Sensitivities, index: int) -> int:

@@ -7,9 +7,10 @@ import pytest
 from tightfit.cluster.errors import PlacementError
 from tightfit.cluster.planning.assembly import make_plan
 from tightfit.cluster.planning.inventory import Device, Inventory, read_device_types
+from tightfit.cluster.planning.mix import mix_loss
 from tightfit.cluster.planning.planner import solve
 from tightfit.cluster.planning.request import PlanRequest, Spare
-from tightfit.cluster.planning.sensitive import mix_loss, with_best_mix
+from tightfit.cluster.planning.sensitive import with_best_mix
 from tightfit.workers.decoder_config import decoder_config
 from tightfit.workers.sensitivity import (
     MIX_FORMATS,
@@ -36,8 +37,8 @@ def sensitivities(losses=(0.09, 0.03, 0.001)):
             layer=unit.layer, role=unit.role, num_weights=unit.num_weights,
             formats={
                 fmt: FormatSensitivity(
-                    bytes=unit.nbytes(fmt, 128), loss_increase=0.0,
-                    divergence=loss / (1 + unit.layer),
+                    bytes=unit.nbytes(fmt, 128),
+                    loss_increase=loss / (1 + unit.layer), divergence=0.0,
                 )
                 for fmt, loss in zip(MIX_FORMATS, losses, strict=True)
             },
