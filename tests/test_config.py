@@ -11,6 +11,7 @@ from tightfit.cluster.config import (
     SECTIONS,
     ServeConfig,
     client_config,
+    plan_config,
     quantize_config,
     read_config_file,
     serve_config,
@@ -19,7 +20,12 @@ from tightfit.cluster.config import (
 from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.settings import settings
 
-MAKERS = {"serve": serve_config, "client": client_config, "quantize": quantize_config}
+MAKERS = {
+    "serve": serve_config,
+    "client": client_config,
+    "quantize": quantize_config,
+    "plan": plan_config,
+}
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "configs" / "serve").glob("*.yaml"))
 
@@ -157,6 +163,7 @@ def test_no_value_of_any_type_gets_past_the_checks_with_another_error(section, d
     )
     setting = data.draw(st.sampled_from(settings(SECTIONS[section])))
     required = {"serve": {"model": "m"}, "client": {}, "quantize": {"model": "m", "out": "o"}}
+    required["plan"] = {"model": "m", "inventory": "i"}
     given_values = required[section]
     given_values[setting.key] = data.draw(values)
     make = MAKERS[section]
