@@ -1,11 +1,21 @@
 """Stage plans by bytes, for configurations of real models."""
 
+from dataclasses import replace
+
 import pytest
 
 from tightfit.cluster.errors import PlacementError
-from tightfit.cluster.planning.memory import plan_stages, stage_bytes
+from tightfit.cluster.planning.memory import (
+    STAGE_RESERVE_BYTES,
+    STAGE_RESERVE_SHARE,
+    model_parts,
+    plan_stages,
+    stage_bytes,
+)
+from tightfit.kernels.formats import Format
+from tightfit.workers import stage
 from tightfit.workers.decoder_config import decoder_config
-from tightfit.workers.model_formats import model_formats
+from tightfit.workers.model_formats import Role, Scheme, model_formats
 
 BLOOM_176B = {
     "model_type": "bloom",
@@ -148,3 +158,33 @@ def test_an_embedding_on_the_host_gives_the_first_stage_more_layers():
     (_, first), *_ = plan_stages(model, host, num_stages=5)
     (_, before), *_ = plan_stages(model, device, num_stages=5)
     assert first > before
+
+
+def test_the_tight_reserve_is_what_a_stage_itself_leaves_of_a_gpu():
+    assert stage.GPU_RESERVE_BYTES == STAGE_RESERVE_BYTES
+    assert stage.GPU_RESERVE_SHARE == STAGE_RESERVE_SHARE
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("kv", ["auto", "int8"])
+def test_the_parts_of_a_model_in_two_formats_are_those_that_its_stages_count(device, kv):
+    model = decoder_config(SMOLLM2_135M)
+    less, more = (model_formats(model, fmt, kv=kv, device=device) for fmt in ("int4", "int8"))
+    parts = model_parts(model, less, more, block_size=16, max_batch_tokens=512)
+    for formats, step in ((less, 0), (more, parts.step)):
+        whole = stage_bytes(model, formats, 0, 30, **SIZES)
+        middle = stage_bytes(model, formats, 1, 29, **SIZES)
+        layers = sum(parts.layers) + 30 * step
+        assert whole.weights == layers + parts.embedding + parts.lone_head
+        assert middle.weights == layers - 2 * (parts.layers[0] + step)
+        assert middle.kv_cache == 28 * parts.kv_block
+        assert whole.workspace == parts.workspace
+    assert parts.step > 0
+
+
+def test_formats_are_not_mixed_where_layers_of_a_checkpoint_differ():
+    model = decoder_config(SMOLLM2_135M)
+    formats = model_formats(model, "int4")
+    odd = replace(formats, stored=({Role.QKV: Scheme(format=Format.INT8)}, *[{}] * 29))
+    with pytest.raises(PlacementError, match="mixed layer by layer only where all layers are al"):
+        model_parts(model, odd, model_formats(model, "int8"), block_size=16, max_batch_tokens=512)
