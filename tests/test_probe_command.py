@@ -9,6 +9,7 @@ import yaml
 from rich.console import Console
 
 from tightfit.cluster import cli, probe
+from tightfit.cluster.planning.inventory import read_inventory
 from tightfit.cluster.settings import settings
 from tightfit.kernels.formats import Format
 from tightfit.workers.errors import ProbeError
@@ -177,12 +178,9 @@ def test_the_budget_is_the_cpus_share_and_no_gpus(found, tmp_path):
 
 
 def test_the_planner_reads_the_inventory(found, tmp_path):
-    planning = pytest.importorskip(
-        "tightfit.cluster.planning.inventory", reason="the planner's inventory is not here"
-    )
     found(device(), gpu(0), gpu(1))
     written(tmp_path)
-    read = planning.read_inventory(tmp_path / "inventory.yaml")
+    read = read_inventory(tmp_path / "inventory.yaml")
     assert [one.free_bytes for one in read.devices] == [20 * GIB] * 3
     assert [one.type.kind for one in read.devices] == ["gpu", "gpu", "cpu"]
     assert read.devices[0].type.capability == 8.9
