@@ -213,10 +213,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_config(plan, PlanConfig)
     formats = plan.add_mutually_exclusive_group()
-    for name in ("json", "yaml"):
+    for name in ("json", "yaml", "svg"):
         formats.add_argument(
             f"--{name}", dest="output", action="store_const", const=name, default="table",
-            help=f"print {name.upper()}",
+            help=f"print {name.upper()}" + (", a picture" if name == "svg" else ""),
         )  # fmt: skip
     plan.set_defaults(run=_plan)
 

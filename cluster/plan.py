@@ -1,4 +1,4 @@
-"""The command `tightfit plan`: what a model takes of some devices, as a table, YAML or JSON.
+"""The command `tightfit plan`: what a model takes of some devices, as table, YAML, JSON or picture.
 
 Starts neither torch nor Ray: everything is computed from the model's config.
 """
@@ -17,6 +17,7 @@ from tightfit.cluster.planning.assembly import make_plan
 from tightfit.cluster.planning.explain import explain, why_not
 from tightfit.cluster.planning.inventory import CONFIGS, Inventory, read_inventory
 from tightfit.cluster.planning.memory import Reserve
+from tightfit.cluster.planning.picture import picture
 from tightfit.cluster.planning.plan import dump_plan
 from tightfit.cluster.planning.planner import solve
 from tightfit.cluster.planning.pools import Objective
@@ -37,7 +38,7 @@ def plan(config: PlanConfig, *, output: str) -> int:
 
     Args:
         config: what to plan.
-        output: "table", "json" or "yaml".
+        output: "table", "json", "yaml" or "svg".
 
     Raises:
         ConfigError: the model's config or the inventory cannot be used.
@@ -51,6 +52,9 @@ def plan(config: PlanConfig, *, output: str) -> int:
     found = make_plan(name, request, solution)
     if output == "yaml":
         print(dump_plan(found), end="")
+        return 0
+    if output == "svg":
+        print(picture(found), end="")
         return 0
     explanation = explain(request, solution, found)
     if output == "json":

@@ -5,14 +5,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import yaml
 
 from tightfit.cluster import cli
+from tightfit.cluster.planning.inventory import CONFIGS
 from tightfit.cluster.planning.plan import read_plan
 
 TIGHTFIT = Path(sys.executable).parent / "tightfit"
+SVG = "{http://www.w3.org/2000/svg}"
 BLOOM = ["plan", "bloom-176b", "--inventory", "8xa100-80"]
 
 
@@ -31,6 +34,35 @@ def test_yaml_is_a_plan_that_can_be_read_again(capsys, tmp_path):
     path = tmp_path / "plan.yaml"
     path.write_text(printed(capsys, [*BLOOM, "--yaml"]))
     assert [stage.device for stage in read_plan(path).stages] == ["a:0", "a:1"]
+
+
+def test_the_picture_has_every_layer_and_fills_each_device_exactly(capsys):
+    arguments = ["plan", "opt-175b", "--inventory", "8xrtx-3090", "--formats", "int3,int4"]
+    arguments += ["--mixed", "--spare", "quality"]
+    svg = ElementTree.fromstring(printed(capsys, [*arguments, "--svg"]))
+    stages = json.loads(printed(capsys, [*arguments, "--json"]))["plan"]["stages"]
+    titled = [rect for rect in svg.iter(f"{SVG}rect") if rect.find(f"{SVG}title") is not None]
+    labels = [rect.find(f"{SVG}title").text.partition(":")[0] for rect in titled]
+    layers = [label for label in labels if label.startswith("layer ")]
+    assert [int(label.split()[1].rstrip(",")) for label in layers] == list(range(96))
+    assert sum("int4" in label for label in layers) == sum(
+        int(part.partition("*")[2])
+        for stage in stages
+        for part in stage["formats"].split()
+        if part.startswith("int4")
+    )
+    frames = [float(r.get("width")) for r in svg.iter(f"{SVG}rect") if r.get("fill") == "none"]
+    assert len(frames) == len(stages)
+    assert sum(float(r.get("width")) for r in titled) == pytest.approx(sum(frames), abs=2)
+
+
+def test_a_pictures_words_are_escaped(tmp_path, capsys):
+    model = tmp_path / "a<b & c"
+    model.mkdir()
+    config = yaml.safe_load((CONFIGS / "models" / "opt-175b.yaml").read_text())
+    (model / "config.json").write_text(json.dumps(config))
+    out = printed(capsys, ["plan", str(model), "--inventory", "8xa100-80", "--svg"])
+    assert ElementTree.fromstring(out).find(f"{SVG}title").text.startswith("a<b & c: 96 layers")
 
 
 def test_json_has_the_plan_the_reasons_and_the_numbers(capsys):

@@ -80,6 +80,7 @@ def _stage(
         end_layer=run.end,
         formats=" ".join(words),
         weight_bytes=packer.weight_bytes(run),
+        layer_bytes=sum(parts.layers[run.first : run.end]) + better * parts.step,
         kv_bytes=found.kv_blocks * parts.kv_block * (run.end - run.first),
         workspace_bytes=parts.workspace,
         usable_bytes=request.inventory.usable(device),

@@ -48,6 +48,7 @@ class StagePlan:
     end_layer: Annotated[int, Option("One past the last layer.", at_least=1)]
     formats: Annotated[str, Option("Of its layers, in order: format*layers.", check=parse_formats)]
     weight_bytes: Annotated[int, Option("Weights, embedding and head included.", at_least=0)]
+    layer_bytes: Annotated[int, Option("Weights of its layers alone.", at_least=0)]
     kv_bytes: Annotated[int, Option("KV blocks, as many as the plan says.", at_least=0)]
     workspace_bytes: Annotated[int, Option("Activations and scratch.", at_least=0)]
     usable_bytes: Annotated[int, Option("What the device has for all of that.", at_least=0)]
