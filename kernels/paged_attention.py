@@ -46,7 +46,7 @@ from tightfit.kernels.paged_tiles import (
     find_slots,
     load_scales,
 )
-from tightfit.kernels.w8a16 import TENSOR_CORE_CAPABILITY
+from tightfit.kernels.w8a16 import capability_of, has_tensor_cores
 
 SUPPORTED_BLOCK_SIZES: Final = (8, 16, 32, 64)
 
@@ -305,9 +305,8 @@ def paged_attention(
         "num_kv_heads": num_kv_heads, "head_dim": head_dim, "block_size": block_size,
         "softmax_scale": softmax_scale, "slopes": slopes,
     }  # fmt: skip
-    if capability is None:
-        capability = _capability(query.device)
-    tensor_cores = capability >= TENSOR_CORE_CAPABILITY
+    capability = capability_of(query.device, capability)
+    tensor_cores = has_tensor_cores(query.device, capability)
     if plan.num_decodes:
         _attend_decodes(query, cache, scales, plan, out, tensor_cores=tensor_cores, **sizes)
     if plan.chunks and tensor_cores:
@@ -315,14 +314,6 @@ def paged_attention(
     elif plan.chunks:
         attend_chunks_by_torch(query, cache, scales, plan, out, **sizes)
     return out
-
-
-def _capability(device: torch.device) -> int:
-    """× 10; the interpreter can what the newest chips can."""
-    if device.type != "cuda":
-        return CAPABILITIES[-1]
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def _attend_decodes(

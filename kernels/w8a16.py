@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from typing import Any, Final
 
@@ -330,6 +330,12 @@ def capability_of(device: torch.device, capability: int | None) -> int:
     """A device's × 10, unless it is given."""
     if capability is not None:
         return capability
+    return _ask_capability(device)
+
+
+@cache
+def _ask_capability(device: torch.device) -> int:
+    """Once of each device: every launch wants to know."""
     if device.type != "cuda":
         return CAPABILITIES[0]  # the interpreter
     major, minor = torch.cuda.get_device_capability(device)

@@ -13,14 +13,12 @@ from tightfit.kernels.formats import OLDEST_CAPABILITY
 from tightfit.kernels.kv_write import write_kv
 from tightfit.kernels.norm import add_norm
 from tightfit.kernels.paged_attention import paged_attention
+from tightfit.kernels.paged_tiles import HEAD_DIM_STEP, MAX_HEAD_DIM
 from tightfit.workers.batch import BatchInputs
 from tightfit.workers.decoder_config import DecoderConfig, Norm, Position
 from tightfit.workers.errors import UnsupportedModelError
 from tightfit.workers.kv_cache import KVCache
 from tightfit.workers.positions import alibi_slopes
-
-HEAD_DIM_STEP, MAX_HEAD_DIM = 16, 128
-"""What the attention kernels take."""
 
 
 def check_gpu(config: DecoderConfig, device: str, dtype: torch.dtype) -> None:
