@@ -42,6 +42,12 @@ class ModelBytes:
     """A single stage holds embedding and head once, because they are the same tensor."""
 
 
+def gpu_reserve_bytes(total_bytes: int) -> int:
+    """What a stage leaves of a GPU with so much memory: 512 MiB and 2 %, for graphs, cuBLAS and the
+    allocator's fragments."""
+    return 512 * 2**20 + total_bytes // 50
+
+
 def act_bytes(formats: ModelFormats) -> int:
     """Bytes of one element of hidden state, norm or embedding."""
     return BYTES_PER_ELEMENT[formats.activations]

@@ -32,6 +32,7 @@ from tightfit.workers.shard import ShardModel, spec_formats
 from tightfit.workers.shard_bytes import (
     MAX_LOGIT_ROWS,
     format_label,
+    gpu_reserve_bytes,
     kv_block_bytes,
     shard_bytes,
     workspace_bytes,
@@ -39,10 +40,6 @@ from tightfit.workers.shard_bytes import (
 from tightfit.workers.shared_weights import shared_linears
 
 log = logging.getLogger(__name__)
-
-GPU_RESERVE_BYTES = 512 * 2**20
-GPU_RESERVE_SHARE = 50
-"""Of a GPU's memory one part in so many is left free besides."""
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -61,10 +58,9 @@ def rss_anon_bytes() -> int:
 
 
 def free_gpu_bytes(device: str) -> int:
-    """What a stage may take of a GPU: what is free now, less a reserve for graphs, cuBLAS and the
-    allocator's fragments."""
+    """What a stage may take of a GPU: what is free now, less the reserve."""
     free, total = torch.cuda.mem_get_info(device)
-    return free - GPU_RESERVE_BYTES - total // GPU_RESERVE_SHARE
+    return max(0, free - gpu_reserve_bytes(total))
 
 
 class Stage:

@@ -11,6 +11,7 @@ from tightfit.cluster.units import format_bytes
 from tightfit.workers.decoder_config import DecoderConfig
 from tightfit.workers.model_formats import ModelFormats
 from tightfit.workers.shard_bytes import (
+    gpu_reserve_bytes,
     head_bytes,
     kv_block_bytes,
     model_bytes,
@@ -21,10 +22,6 @@ from tightfit.workers.shard_bytes import (
 DEVICE_CONTEXT_BYTES = 512 * 2**20
 """Of a CUDA context with our kernels loaded: what a GPU that nobody uses has less than its total,
 once a stage has begun."""
-STAGE_RESERVE_BYTES = 512 * 2**20
-STAGE_RESERVE_SHARE = 50
-"""What a stage leaves of a GPU's free memory, bytes and a part of its total, as
-`workers.stage.free_gpu_bytes` does: for graphs, cuBLAS and the allocator's fragments."""
 SAFE_RESERVE_BYTES = 1930 * 2**20 - DEVICE_CONTEXT_BYTES
 SAFE_RESERVE_SHARE = 20
 
@@ -48,7 +45,7 @@ def usable_bytes(free: int, total: int, reserve: Reserve, *, is_gpu: bool) -> in
         return free
     if reserve is Reserve.SAFE:
         return max(0, free - SAFE_RESERVE_BYTES - total // SAFE_RESERVE_SHARE)
-    return max(0, free - STAGE_RESERVE_BYTES - total // STAGE_RESERVE_SHARE)
+    return max(0, free - gpu_reserve_bytes(total))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,14 +6,14 @@ import pytest
 
 from tightfit.cluster.errors import PlacementError
 from tightfit.cluster.planning.memory import (
-    STAGE_RESERVE_BYTES,
-    STAGE_RESERVE_SHARE,
+    DEVICE_CONTEXT_BYTES,
+    Reserve,
     model_parts,
     plan_stages,
     stage_bytes,
+    usable_bytes,
 )
 from tightfit.kernels.formats import Format
-from tightfit.workers import stage
 from tightfit.workers.decoder_config import decoder_config
 from tightfit.workers.model_formats import Role, Scheme, model_formats
 
@@ -160,9 +160,10 @@ def test_an_embedding_on_the_host_gives_the_first_stage_more_layers():
     assert first > before
 
 
-def test_the_tight_reserve_is_what_a_stage_itself_leaves_of_a_gpu():
-    assert stage.GPU_RESERVE_BYTES == STAGE_RESERVE_BYTES
-    assert stage.GPU_RESERVE_SHARE == STAGE_RESERVE_SHARE
+def test_the_tight_reserve_and_a_context_leave_98_percent_less_a_gibibyte():
+    total = 80 * 2**30
+    usable = usable_bytes(total - DEVICE_CONTEXT_BYTES, total, Reserve.TIGHT, is_gpu=True)
+    assert usable == total - total // 50 - 2**30
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
