@@ -117,7 +117,8 @@ def quantize_kv(kv: Tensor) -> tuple[Tensor, Tensor]:
         [..., D] int8, rounded half to even; scales [...] bf16.
     """
     wide = kv.float()
-    scale = (wide.abs().amax(-1) / INT8_MAX).to(torch.bfloat16)
+    greatest = wide.abs().amax(-1)
+    scale = (greatest / torch.full_like(greatest, INT8_MAX)).to(torch.bfloat16)
     scale.masked_fill_(scale == 0, 1.0)
     is_finite = wide.isfinite().all(-1)
     scale.masked_fill_(~is_finite, float("nan"))

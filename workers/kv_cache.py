@@ -17,10 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tightfit.kernels import cpu
 from tightfit.kernels.formats import KVFormat
-from tightfit.kernels.weights import INT8_MAX
-
-SCALE_DTYPE = torch.bfloat16
 
 
 def gather_rows(blocks: Tensor, *, num_kv_heads: int, num_blocks: int) -> Tensor:
@@ -34,25 +32,6 @@ def gather_rows(blocks: Tensor, *, num_kv_heads: int, num_blocks: int) -> Tensor
     """
     heads = torch.arange(2 * num_kv_heads).view(2, 1, num_kv_heads, 1) * num_blocks
     return (heads + blocks[None, :, None]).view(2, -1, blocks.shape[1])
-
-
-def quantize_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Absmax over the last dimension, round to nearest.
-
-    The scale is rounded to bf16 first, and the integers are computed with the rounded one: at most
-    half of it is lost on each element. A vector with a NaN or an infinity has a scale that is one,
-    too: damage has to show in the logits.
-
-    Args:
-        x: [..., D] floating, any strides.
-    Returns:
-        int8 [..., D] and scales [...] bf16, positive.
-    """
-    absmax = x.abs().amax(-1, keepdim=True).float()
-    scale = absmax.div_(INT8_MAX).to(SCALE_DTYPE)
-    scale.clamp_min_(torch.finfo(SCALE_DTYPE).tiny)  # a vector of zeros stays one
-    wide = x.to(torch.float32, copy=True)
-    return wide.div_(scale).round_().to(torch.int8), scale.squeeze(-1)
 
 
 class KVCache:
@@ -89,7 +68,7 @@ class KVCache:
         self._values = [layer[num_kv_heads:].unsqueeze(0) for layer in self._layers]
         self._pieces = [layer.view(-1, block_size * head_dim) for layer in self._layers]
         self._scales = [
-            torch.zeros(shape[:2], dtype=SCALE_DTYPE, device=device)
+            torch.zeros(shape[:2], dtype=torch.bfloat16, device=device)
             for _ in range(num_layers * self._is_int8)
         ]
 
@@ -113,7 +92,7 @@ class KVCache:
         """
         by_head = kv.view(-1, 2 * self._num_kv_heads, self._head_dim).transpose(0, 1)
         if self._is_int8:
-            by_head, scale = quantize_vectors(by_head)
+            by_head, scale = cpu.quantize_kv(by_head)
             self._scales[layer].index_copy_(1, slots, scale)
         self._layers[layer].index_copy_(1, slots, by_head)
 

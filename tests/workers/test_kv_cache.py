@@ -7,8 +7,10 @@ import tiny_models
 import torch
 from shard_chain import BLOCK, BLOCKS, Chain, part, random_tokens, tables
 
+from tightfit.kernels import reference
+from tightfit.kernels.cpu import quantize_kv
 from tightfit.kernels.formats import KVFormat
-from tightfit.workers.kv_cache import KVCache, gather_rows, quantize_vectors
+from tightfit.workers.kv_cache import KVCache, gather_rows
 from tightfit.workers.model_formats import model_formats
 from tightfit.workers.shard_bytes import attention_bytes, kv_block_bytes
 
@@ -76,9 +78,18 @@ def test_no_element_is_off_by_more_than_half_a_scale_of_its_own_head_and_token(d
     assert (mine.double() - exact).abs().max() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vectors_are_quantised_as_the_reference_says(dtype):
+    x = torch.randn(6, 40, 64, generator=torch.Generator().manual_seed(3)).to(dtype)
+    values, scale = quantize_kv(x.transpose(0, 1))
+    exact_values, exact_scale = reference.quantize_kv(x.transpose(0, 1))
+    assert torch.equal(values, exact_values)
+    assert torch.equal(scale, exact_scale)
+
+
 def test_the_largest_element_of_a_vector_fills_the_integers_and_zeros_stay_zeros():
     x = torch.tensor([[0.0, 0.0], [-3.0, 1.0], [1e-42, 0.0], [3e38, -3e38]])
-    values, scale = quantize_vectors(x)
+    values, scale = quantize_kv(x)
     assert values.dtype == torch.int8
     assert scale.dtype == torch.bfloat16
     assert (scale > 0).all()
