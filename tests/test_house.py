@@ -92,7 +92,7 @@ def test_every_make_target_in_the_documents_is_one():
 
 def test_every_setting_of_the_service_is_used_where_the_service_is_put_together():
     deployment = (ROOT / "cluster" / "deployment.py").read_text()
-    name = (ROOT / "cluster" / "config.py").read_text().partition("def model_name")[2]
+    name = (ROOT / "cluster" / "config" / "serve.py").read_text().partition("def model_name")[2]
     unused = [
         setting.name
         for setting in settings(ServeConfig)

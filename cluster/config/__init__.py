@@ -1,0 +1,108 @@
+"""Configuration: frozen dataclasses from one YAML file, command-line flags over it.
+
+The file has a section per part: `serve` for the service, `client` for the commands that talk to
+one. A new setting is one field in the file of its section.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tightfit.cluster.config.addresses import split_address
+from tightfit.cluster.config.client import ClientConfig
+from tightfit.cluster.config.plan import PlanConfig
+from tightfit.cluster.config.probe import ProbeConfig
+from tightfit.cluster.config.quantize import QuantizeConfig
+from tightfit.cluster.config.serve import ServeConfig
+from tightfit.cluster.settings import Values, build, read_file
+
+__all__ = [
+    "ClientConfig",
+    "PlanConfig",
+    "ProbeConfig",
+    "QuantizeConfig",
+    "ServeConfig",
+    "client_config",
+    "plan_config",
+    "probe_config",
+    "quantize_config",
+    "read_config_file",
+    "serve_config",
+    "split_address",
+]
+
+SECTIONS: Mapping[str, type[Any]] = {
+    "serve": ServeConfig,
+    "client": ClientConfig,
+    "quantize": QuantizeConfig,
+    "plan": PlanConfig,
+    "probe": ProbeConfig,
+}
+
+
+def read_config_file(path: Path) -> dict[str, dict[str, object]]:
+    """Sections of a YAML file, every key known, no value checked yet.
+
+    Raises:
+        ConfigError: it cannot be read, is not YAML, or has an unknown or repeated key.
+    """
+    return read_file(path, SECTIONS)
+
+
+def serve_config(file: Mapping[str, Values], flags: Values | None = None) -> ServeConfig:
+    """The service's configuration: `flags` (by key) over the file's `serve` section.
+
+    Raises:
+        ConfigError: see `build`.
+    """
+    values = {**file.get("serve", {}), **(flags or {})}
+    config = build(ServeConfig, "serve", values)
+    if "threads_per_stage" not in values and config.ray_address is None:
+        cores = len(os.sched_getaffinity(0))
+        config = dataclasses.replace(config, threads_per_stage=max(1, cores // config.stages))
+    return config
+
+
+def client_config(file: Mapping[str, Values], flags: Values | None = None) -> ClientConfig:
+    """The client's configuration; without a target, the same file's service.
+
+    Raises:
+        ConfigError: see `build`.
+    """
+    values = {**file.get("client", {}), **(flags or {})}
+    listen = file.get("serve", {}).get("listen")
+    if "target" not in values and listen is not None:
+        values["target"] = re.sub(r"^(0\.0\.0\.0|\[::\]):", "127.0.0.1:", str(listen))
+    return build(ClientConfig, "client", values)
+
+
+def quantize_config(file: Mapping[str, Values], flags: Values | None = None) -> QuantizeConfig:
+    """What to quantise: `flags` (by key) over the file's `quantize` section.
+
+    Raises:
+        ConfigError: see `build`.
+    """
+    return build(QuantizeConfig, "quantize", {**file.get("quantize", {}), **(flags or {})})
+
+
+def plan_config(file: Mapping[str, Values], flags: Values | None = None) -> PlanConfig:
+    """What to plan: `flags` (by key) over the file's `plan` section.
+
+    Raises:
+        ConfigError: see `build`.
+    """
+    return build(PlanConfig, "plan", {**file.get("plan", {}), **(flags or {})})
+
+
+def probe_config(file: Mapping[str, Values], flags: Values | None = None) -> ProbeConfig:
+    """What to probe: `flags` (by key) over the file's `probe` section.
+
+    Raises:
+        ConfigError: see `build`.
+    """
+    return build(ProbeConfig, "probe", {**file.get("probe", {}), **(flags or {})})

@@ -1,0 +1,21 @@
+"""host:port, as settings give it."""
+
+from __future__ import annotations
+
+import re
+
+DEFAULT_LISTEN = "127.0.0.1:50051"
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """(host, port) of "host:port" or "[::1]:port".
+
+    Raises:
+        ValueError: no port, or one that is none.
+    """
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
+        raise ValueError(f"{text!r} is not host:port, such as {DEFAULT_LISTEN}")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise ValueError(f"{text!r}: write an IPv6 host in brackets, such as [::1]:50051")
+    return host, int(port)

@@ -1,0 +1,154 @@
+"""Settings of `tightfit serve`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tightfit.cluster.config.addresses import DEFAULT_LISTEN, split_address
+from tightfit.cluster.hub import parse_hub_name
+from tightfit.cluster.settings import Option
+from tightfit.kernels.formats import OUTLIER_THRESHOLD, SUPPORTED_FORMATS, KVFormat
+from tightfit.workers.model_formats import AUTO
+
+PLACEMENT_STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """Everything that `tightfit serve` can be told."""
+
+    model: Annotated[str, Option("Checkpoint directory, GGUF file, or hub name (org/name).")]
+    served_model_name: Annotated[
+        str | None,
+        Option("Name that requests may carry; default: the last part of the model's path."),
+    ] = None
+    format: Annotated[
+        str,
+        Option(
+            "How linear layers are held; auto: as a quantised checkpoint has them, else int8.",
+            choices=(AUTO, *map(str, SUPPORTED_FORMATS)),
+        ),
+    ] = AUTO
+    head_format: Annotated[
+        str,
+        Option(
+            "How the LM head is stored; auto: as the layers, int8 where they have fewer bits.",
+            choices=(AUTO, *map(str, SUPPORTED_FORMATS)),
+        ),
+    ] = AUTO
+    llm_int8_threshold: Annotated[
+        float,
+        Option(
+            "Size of an activation from which llm_int8 keeps its feature in 16 bits; lower is more "
+            "exact and slower.",
+            at_least=0,
+        ),
+    ] = OUTLIER_THRESHOLD
+    kv_format: Annotated[
+        str,
+        Option(
+            "How keys and values are cached; auto: in the 16 or 32 bits that the layers compute "
+            "in; int8: in half of 16, so that twice the tokens fit.",
+            choices=(AUTO, str(KVFormat.INT8)),
+        ),
+    ] = AUTO
+    embedding_place: Annotated[
+        str,
+        Option(
+            "Where the embedding's table is: device (in the first stage's memory), or host (in the "
+            "checkpoint's file, of which a step reads the rows that it needs).",
+            choices=("device", "host"),
+        ),
+    ] = "device"
+    stages: Annotated[int, Option("Pipeline stages.", at_least=1)] = 1
+    balance: Annotated[
+        str,
+        Option(
+            "What the layers are split by: memory held on each stage, or speed (weights read per "
+            "step).",
+            choices=("memory", "speed"),
+        ),
+    ] = "memory"
+    device: Annotated[
+        str,
+        Option("Kind of device of every stage; cuda: one GPU each.", choices=("cpu", "cuda")),
+    ] = "cpu"
+    listen: Annotated[
+        str,
+        Option("host:port of the gRPC gateway; port 0 takes a free one.", check=split_address),
+    ] = DEFAULT_LISTEN
+    metrics_listen: Annotated[
+        str | None,
+        Option("host:port for Prometheus to scrape; default: none.", check=split_address),
+    ] = None
+    ray_address: Annotated[
+        str | None,
+        Option('Ray cluster to join: "auto" or host:port; default: a private one, here.'),
+    ] = None
+    ray_strategy: Annotated[
+        str, Option("How Ray places stages on nodes.", choices=PLACEMENT_STRATEGIES)
+    ] = "PACK"
+    placement_timeout_s: Annotated[
+        float, Option("Seconds to wait for room in the Ray cluster.", at_least=0)
+    ] = 60.0
+    load_timeout_s: Annotated[float, Option("Seconds that loading may take.", at_least=1)] = 1800.0
+    threads_per_stage: Annotated[
+        int,
+        Option(
+            "CPU threads of each stage; default: this machine's cores divided among the stages.",
+            at_least=1,
+        ),
+    ] = 1
+    memory_budget_bytes: Annotated[
+        int | None,
+        Option(
+            "Most memory of each stage for weights, KV cache and workspace, such as 4GiB; "
+            "default: no limit.",
+            key="memory_budget",
+            at_least=1,
+            is_size=True,
+        ),
+    ] = None
+    block_size: Annotated[int, Option("Tokens in a KV block.", at_least=1)] = 16
+    kv_blocks: Annotated[
+        int | None,
+        Option(
+            "KV blocks on every stage; default: as many as the budget leaves, up to max_kv_blocks.",
+            at_least=1,
+        ),
+    ] = None
+    max_kv_blocks: Annotated[
+        int, Option("Most KV blocks when kv_blocks is not given.", at_least=1)
+    ] = 4096
+    max_batch_tokens: Annotated[int, Option("Most tokens in one micro-batch.", at_least=1)] = 512
+    max_running_sequences: Annotated[
+        int, Option("Most sequences that hold KV blocks.", at_least=1)
+    ] = 256
+    max_queued_requests: Annotated[
+        int, Option("Requests that may wait; more are refused.", at_least=0)
+    ] = 1024
+    max_queued_tokens: Annotated[
+        int, Option("Prompt tokens that may wait; more are refused.", at_least=0)
+    ] = 1_000_000
+    max_context: Annotated[
+        int | None,
+        Option(
+            "Most tokens of prompt and output together; default: the model's limit.", at_least=2
+        ),
+    ] = None
+    prefix_cache: Annotated[bool, Option("Reuse the KV cache of prompts that begin alike.")] = True
+    drain_grace_s: Annotated[
+        float, Option("Seconds that running streams get to finish on SIGTERM.", at_least=0)
+    ] = 30.0
+
+    @property
+    def model_name(self) -> str:
+        """Name under which the model is served."""
+        if self.served_model_name:
+            return self.served_model_name
+        path = Path(self.model)
+        if not path.exists() and (hub_name := parse_hub_name(self.model)):
+            return hub_name.served_name
+        return path.name.removesuffix(".gguf") or path.resolve().name
