@@ -19,6 +19,7 @@ from tightfit.cluster.units import format_bytes, format_seconds
 from tightfit.kernels.formats import Format
 from tightfit.workers.probe import probe_node
 from tightfit.workers.probing.cache import ProbeCache, cache_directory
+from tightfit.workers.probing.loopback import SMALL_BYTES
 from tightfit.workers.probing.result import (
     DeviceProbe,
     DeviceRates,
@@ -83,10 +84,10 @@ def inventory_text(found: NodeProbe, config: ProbeConfig) -> str:
         }
         for device, _ in devices
     ]
-    tree = {
-        "types": {name: _type(same) for name, same in alike.items()},
-        "nodes": [{"name": found.node, "devices": lots}],
-    }
+    node: dict[str, object] = {"name": found.node, "devices": lots}
+    if link := _hop(found.links, [device.device for device, _ in devices]):
+        node["link"] = link
+    tree = {"types": {name: _type(same) for name, same in alike.items()}, "nodes": [node]}
     comments = [
         f"# {found.node}:{number} is {device.device}: {device.uuid or device.name}\n"
         for number, (device, _) in enumerate(devices)
@@ -106,10 +107,47 @@ def _type(same: Sequence[tuple[DeviceProbe, DeviceRates]]) -> dict[str, object]:
         "int8_tops": _tera(min(rates.best(Format.LLM_INT8).ops_per_s for rates in all_rates)),
         "price": 0.0,
         "watts": 0.0,
+        "rates": _format_rates(all_rates),
     }
     if first.capability is not None:
         fields["capability"] = float(first.capability)
     return fields
+
+
+def _format_rates(all_rates: Sequence[DeviceRates]) -> dict[str, dict[int, float]]:
+    """Format → tokens → GB of weights a second, the slowest device's."""
+    found: dict[str, dict[int, float]] = {}
+    for linear in (linear for rates in all_rates for linear in rates.linears):
+        by_tokens = found.setdefault(str(linear.format), {})
+        rate = max(1e-6, float(f"{linear.bytes_per_s / 1e9:.4g}"))
+        by_tokens[linear.tokens] = min(rate, by_tokens.get(linear.tokens, rate))
+    return found
+
+
+def _hop(links: Sequence[LinkRate], devices: Sequence[str]) -> dict[str, float] | None:
+    """From one stage to the next on this node, as an inventory has it; None: not all was measured.
+
+    Hidden states of a GPU go to the host, from one process to the other, and to the other GPU; of
+    several GPUs the slowest counts.
+    """
+    known = {(link.source, link.target): link for link in links}
+    gpus = [device for device in devices if device != "cpu"]
+    steps = [[("cpu", "cpu")]]
+    if gpus:
+        steps += [[(gpu, "cpu") for gpu in gpus], [("cpu", gpu) for gpu in gpus]]
+    if not all(pair in known for pairs in steps for pair in pairs):
+        return None
+    slowest = [[known[pair] for pair in pairs] for pairs in steps]
+    s_per_byte = sum(max(1 / link.bytes_per_s for link in step) for step in slowest)
+    # What was timed is a message of some bytes; what is written, of none.
+    latency_s = sum(
+        max(max(0.0, link.latency_s - SMALL_BYTES / link.bytes_per_s) for link in step)
+        for step in slowest
+    )
+    return {
+        "latency_us": round(1e6 * latency_s, 1),
+        "gb_per_s": max(1e-6, float(f"{1 / s_per_byte / 1e9:.4g}")),
+    }
 
 
 def _tera(per_s: float) -> float:

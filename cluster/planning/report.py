@@ -26,7 +26,7 @@ def report(request: PlanRequest, plan: Plan, explanation: Explanation) -> str:
         f"embedding      on the {plan.embedding_place}; head in {plan.head_format}",
         f"speed          {1000 * plan.token_s:.1f} ms a token for one sequence, "
         f"{plan.tokens_per_s:,.1f} tokens/s for {plan.sequences}, prompts at "
-        f"{plan.prefill_tokens_per_s:,.0f} tokens/s: at best, by the devices' data sheets",
+        f"{plan.prefill_tokens_per_s:,.0f} tokens/s: {_by(plan)}",
         f"cost           ${plan.dollars_per_hour:.2f} an hour, {plan.watts:,.0f} W",
         f"binds          {explanation.binds}",
         f"no cheaper     {explanation.proof}",
@@ -34,6 +34,12 @@ def report(request: PlanRequest, plan: Plan, explanation: Explanation) -> str:
     lines += [f"but with       {remedy}" for remedy in explanation.remedies]
     lines.append(f"in 16 bits     {_baseline(explanation)}")
     return "\n".join([*lines, *_notes(request, plan)])
+
+
+def _by(plan: Plan) -> str:
+    """What times are by."""
+    rates = "by measured rates" if plan.is_measured else "at best, by the devices' data sheets"
+    return f"{rates}, {'links counted' if plan.has_links else 'links cost nothing'}"
 
 
 def _headline(plan: Plan) -> str:
