@@ -18,13 +18,14 @@ from tightfit.cluster.planning.explain import explain, why_not
 from tightfit.cluster.planning.inventory import CONFIGS, Inventory, read_inventory
 from tightfit.cluster.planning.memory import Reserve
 from tightfit.cluster.planning.picture import picture
-from tightfit.cluster.planning.plan import dump_plan
+from tightfit.cluster.planning.plan import Plan, dump_plan
 from tightfit.cluster.planning.planner import solve
 from tightfit.cluster.planning.pools import Objective
 from tightfit.cluster.planning.report import report
 from tightfit.cluster.planning.request import PlanRequest, Spare
 from tightfit.cluster.planning.sensitive import with_best_mix
 from tightfit.cluster.settings import as_mapping, read_yaml
+from tightfit.cluster.simulation import Load, Simulation, Spread, simulate_plan
 from tightfit.kernels.formats import Format
 from tightfit.workers.decoder_config import decoder_config
 from tightfit.workers.model_formats import AUTO
@@ -44,6 +45,8 @@ def plan(config: PlanConfig, *, output: str) -> int:
         ConfigError: the model's config or the inventory cannot be used.
         PlacementError: the model does not fit; says what lacks and what would do.
     """
+    if config.simulate is not None and output not in ("table", "json"):
+        raise ConfigError(f"plan.simulate goes with the table and --json, not with --{output}")
     request = plan_request(config)
     name = _model_name(config.model)
     solution = solve(request)
@@ -57,6 +60,7 @@ def plan(config: PlanConfig, *, output: str) -> int:
         print(picture(found), end="")
         return 0
     explanation = explain(request, solution, found)
+    simulation = _simulation(config, request, found)
     if output == "json":
         tree = {
             "plan": dataclasses.asdict(found),
@@ -67,11 +71,37 @@ def plan(config: PlanConfig, *, output: str) -> int:
             "token_s": found.token_s,
             "tokens_per_s": found.tokens_per_s,
             "prefill_tokens_per_s": found.prefill_tokens_per_s,
+            "simulation": None if simulation is None else dataclasses.asdict(simulation),
         }
         print(json.dumps(tree, indent=1))
     else:
         print(report(request, found, explanation))
+        if simulation is not None:
+            print(simulation_line(simulation))
     return 0
+
+
+def _simulation(config: PlanConfig, request: PlanRequest, found: Plan) -> Simulation | None:
+    if config.load is None:
+        return None
+    load = Load(**config.load)
+    return simulate_plan(found, load, max_context_tokens=request.model.max_position)
+
+
+def simulation_line(simulation: Simulation) -> str:
+    """For people, as the other lines of the table."""
+    load, ttft, itl = simulation.load, simulation.ttft, simulation.itl
+    number = f"{load.requests:,} requests on " if load.requests != load.streams else ""
+    busy = ", ".join(f"{100 * share:.0f} %" for share in simulation.busy)
+    return (
+        f"simulated      {number}{load.streams:,} streams of {load.prompt:,} + {load.output:,} "
+        f"tokens: {simulation.tokens_per_s:,.1f} tokens/s; first token after {_ms(ttft)}, then one "
+        f"every {_ms(itl)}; stages busy {busy}"
+    )
+
+
+def _ms(times: Spread) -> str:
+    return f"{1000 * times.mean_s:,.1f} ms (p99 {1000 * times.p99_s:,.1f})"
 
 
 def plan_request(config: PlanConfig) -> PlanRequest:

@@ -72,6 +72,20 @@ def test_json_has_the_plan_the_reasons_and_the_numbers(capsys):
     assert tree["explanation"]["baseline"]["devices"] == 5
 
 
+def test_a_load_is_served_in_simulated_time_beside_the_prediction(capsys):
+    arguments = [*BLOOM, "--sequences", "4", "--context", "64"]
+    load = ["--simulate", "streams=4,prompt=8,output=48,requests=8"]
+    tree = json.loads(printed(capsys, [*arguments, *load, "--json"]))
+    simulation = tree["simulation"]
+    assert simulation["load"] == {"streams": 4, "prompt": 8, "output": 48, "requests": 8}
+    assert simulation["tokens_per_s"] == pytest.approx(tree["tokens_per_s"], rel=0.05)
+    assert min(simulation["busy"]) > 0.9
+    line = printed(capsys, [*arguments, *load]).splitlines()[-1]
+    assert line.startswith("simulated      8 requests on 4 streams of 8 + 48 tokens: ")
+    assert f"{simulation['tokens_per_s']:,.1f} tokens/s" in line
+    assert json.loads(printed(capsys, [*arguments, "--json"]))["simulation"] is None
+
+
 def test_every_setting_reaches_the_planner(capsys):
     flags = (
         "--sequences 2 --context 512 --formats int3,int4 --mixed --head-format bf16 "
@@ -154,6 +168,11 @@ def test_what_does_not_fit_exits_with_1_and_says_what_would(capsys):
         ([*BLOOM[1:], "--max-loss", "1"], 2, "plan.max_loss is by plan.sensitivity"),
         ([*BLOOM[1:], "--sensitivity", "f", "--mixed"], 2, "leave plan.formats and plan.mixed out"),
         ([*BLOOM[1:], "--sensitivity", "f"], 1, "cannot be read"),
+        ([*BLOOM[1:], "--simulate", "stream=3"], 2, "plan.simulate: 'stream=3' is not like"),
+        ([*BLOOM[1:], "--simulate", "output=0"], 2, "plan.simulate: 'output=0' is not like"),
+        ([*BLOOM[1:], "--simulate", "requests=9999"], 2, "is of more than 1,000,000 tokens"),
+        ([*BLOOM[1:], "--simulate", "prompt=2000"], 1, "of 2000 + 128 tokens is longer than"),
+        ([*BLOOM[1:], "--simulate", "output=4", "--yaml"], 1, "not with --yaml"),
         ([*BLOOM[1:], "--exclude", "b"], 1, "has no b, which is to be excluded"),
     ],
 )
