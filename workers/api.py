@@ -126,6 +126,8 @@ class StageSpec:
     format: str
     """Of the linear layers: a `kernels.formats.Format`, or "auto": as a quantised checkpoint has
     them, else int8."""
+    layer_formats: list[str] = field(default_factory=list)
+    """The same for each layer of the model, where they differ; empty: all as `format`."""
     head_format: str = "auto"
     """Of the LM head: the same, or "auto": as the layers, int8 where they have fewer bits."""
     kv_format: str = "auto"
