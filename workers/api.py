@@ -140,6 +140,8 @@ class StageSpec:
     """|activation| from which `llm_int8` keeps a feature's column in 16 bits."""
     device: str = "cpu"
     """torch device name."""
+    planned_device: str = ""
+    """Id of the device in the plan, node:number; empty: Ray chooses."""
     memory_budget_bytes: int | None = None
     """Most bytes for weights, KV cache and workspace together; None: no limit."""
     block_size: int = 16
@@ -233,5 +235,7 @@ class StageStatus:
     """Seconds spent computing since the stage started."""
     uptime_s: float
     memory: StageMemory
+    planned_device: str = ""
+    """As `StageSpec.planned_device`."""
     crossover_tokens: dict[str, int] = field(default_factory=dict)
     """Per operation: tokens from which on the many-token kernel is used."""
