@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,14 +14,12 @@ from rich.table import Table
 
 from tightfit.cluster.config import ProbeConfig
 from tightfit.cluster.errors import ConfigError
+from tightfit.cluster.measured import ROUNDED_TO, inventory_tree, measured_devices
 from tightfit.cluster.units import format_bytes, format_seconds
-from tightfit.kernels.formats import Format
 from tightfit.workers.probe import probe_node
 from tightfit.workers.probing.cache import ProbeCache, cache_directory
-from tightfit.workers.probing.loopback import SMALL_BYTES
 from tightfit.workers.probing.result import (
     DeviceProbe,
-    DeviceRates,
     LinearRate,
     LinkRate,
     NodeProbe,
@@ -30,8 +27,6 @@ from tightfit.workers.probing.result import (
 )
 
 WIDE_COLUMNS = 110
-ROUNDED_TO: Final = 2**20
-"""Free memory is rounded down to this, so that GPUs that nobody uses are alike to the planner."""
 HEADER: Final = """\
 # Written by `tightfit probe`: what was free on this node then, less a reserve, and measured rates.
 # Prices (US dollars an hour) and watts are not measured: put in your own.
@@ -59,105 +54,23 @@ def probe(config: ProbeConfig, *, as_json: bool = False) -> int:
 
 
 def inventory_text(found: NodeProbe, config: ProbeConfig) -> str:
-    """This node as `cluster.planning.inventory` reads it, GPUs first, so that `node:0` is cuda:0.
-
-    Devices of one name are one type, with the slowest one's rates. What could not be measured is
-    left out, as nothing is known that a plan could go by; a comment says so.
+    """This node as `cluster.planning.inventory` reads it. A comment names what was left out.
 
     Raises:
         ConfigError: no device is left, or one has less memory than the budget or reserve takes.
     """
-    devices = [(device, device.rates) for device in found.devices if device.rates is not None]
-    devices.sort(key=lambda pair: pair[0].kind == "cpu")
+    devices = measured_devices(found)
     if not devices:
         raise ConfigError(
             f"there is no device to write to {config.out}: {'; '.join(found.notes) or 'none found'}"
         )
-    alike: dict[str, list[tuple[DeviceProbe, DeviceRates]]] = {}
-    for device, rates in devices:
-        alike.setdefault(_type_name(device), []).append((device, rates))
-    lots = [
-        {
-            "type": _type_name(device),
-            "total": device.memory.total_bytes,
-            "free": _planned_bytes(device, config),
-        }
-        for device, _ in devices
-    ]
-    node: dict[str, object] = {"name": found.node, "devices": lots}
-    if link := _hop(found.links, [device.device for device, _ in devices]):
-        node["link"] = link
-    tree = {"types": {name: _type(same) for name, same in alike.items()}, "nodes": [node]}
+    tree = inventory_tree([found], lambda device: _planned_bytes(device, config))
     comments = [
         f"# {found.node}:{number} is {device.device}: {device.uuid or device.name}\n"
         for number, (device, _) in enumerate(devices)
     ]
     comments += [f"# Note: {' '.join(note.split())}\n" for note in found.notes]
     return HEADER + "".join(comments) + yaml.safe_dump(tree, sort_keys=False, width=WIDE_COLUMNS)
-
-
-def _type(same: Sequence[tuple[DeviceProbe, DeviceRates]]) -> dict[str, object]:
-    """Devices of one name. Rates of arithmetic are the format's highest, in tera-operations."""
-    first, all_rates = same[0][0], [rates for _, rates in same]
-    fields: dict[str, object] = {
-        "kind": first.kind,
-        "memory": min(device.memory.total_bytes for device, _ in same),
-        "gb_per_s": max(1, round(min(rates.read_bytes_per_s for rates in all_rates) / 1e9)),
-        "fp16_tflops": _tera(min(rates.best(Format.BF16).ops_per_s for rates in all_rates)),
-        "int8_tops": _tera(min(rates.best(Format.LLM_INT8).ops_per_s for rates in all_rates)),
-        "price": 0.0,
-        "watts": 0.0,
-        "rates": _format_rates(all_rates),
-    }
-    if first.capability is not None:
-        fields["capability"] = float(first.capability)
-    return fields
-
-
-def _format_rates(all_rates: Sequence[DeviceRates]) -> dict[str, dict[int, float]]:
-    """Format → tokens → GB of weights a second, the slowest device's."""
-    found: dict[str, dict[int, float]] = {}
-    for linear in (linear for rates in all_rates for linear in rates.linears):
-        by_tokens = found.setdefault(str(linear.format), {})
-        rate = max(1e-6, float(f"{linear.bytes_per_s / 1e9:.4g}"))
-        by_tokens[linear.tokens] = min(rate, by_tokens.get(linear.tokens, rate))
-    return found
-
-
-def _hop(links: Sequence[LinkRate], devices: Sequence[str]) -> dict[str, float] | None:
-    """From one stage to the next on this node, as an inventory has it; None: not all was measured.
-
-    Hidden states of a GPU go to the host, from one process to the other, and to the other GPU; of
-    several GPUs the slowest counts.
-    """
-    known = {(link.source, link.target): link for link in links}
-    gpus = [device for device in devices if device != "cpu"]
-    steps = [[("cpu", "cpu")]]
-    if gpus:
-        steps += [[(gpu, "cpu") for gpu in gpus], [("cpu", gpu) for gpu in gpus]]
-    if not all(pair in known for pairs in steps for pair in pairs):
-        return None
-    slowest = [[known[pair] for pair in pairs] for pairs in steps]
-    s_per_byte = sum(max(1 / link.bytes_per_s for link in step) for step in slowest)
-    # What was timed is a message of some bytes; what is written, of none.
-    latency_s = sum(
-        max(max(0.0, link.latency_s - SMALL_BYTES / link.bytes_per_s) for link in step)
-        for step in slowest
-    )
-    return {
-        "latency_us": round(1e6 * latency_s, 1),
-        "gb_per_s": max(1e-6, float(f"{1 / s_per_byte / 1e9:.4g}")),
-    }
-
-
-def _tera(per_s: float) -> float:
-    return max(0.001, round(per_s / 1e12, 3))
-
-
-def _type_name(device: DeviceProbe) -> str:
-    """Such as `measured-nvidia-l4`, which no type by its data sheet is called."""
-    words = re.findall(r"[a-z0-9]+", device.name.lower()) or [device.kind]
-    return "-".join(["measured", *words])
 
 
 def _planned_bytes(device: DeviceProbe, config: ProbeConfig) -> int:

@@ -110,6 +110,8 @@ def _stage(
         head_ms=head_ms,
         link_us=link.latency_us,
         link_gb_per_s=link.gb_per_s,
+        kind=device.type.kind,
+        uuid=device.uuid,
     )
 
 
