@@ -20,7 +20,8 @@ from tightfit.cluster.planning.inventory import CONFIGS, Inventory, read_invento
 from tightfit.cluster.planning.picture import picture
 from tightfit.cluster.planning.plan import Plan, dump_plan
 from tightfit.cluster.planning.planner import solve
-from tightfit.cluster.planning.report import report
+from tightfit.cluster.planning.replicas import make_replicas
+from tightfit.cluster.planning.report import replica_lines, report
 from tightfit.cluster.planning.request import PlanRequest
 from tightfit.cluster.settings import as_mapping, read_yaml
 from tightfit.cluster.simulation import Load, Simulation, Spread, simulate_plan
@@ -47,11 +48,16 @@ def plan(config: PlanConfig, *, output: str) -> int:
     if solution is None:
         raise PlacementError(why_not(name, request))
     found = make_plan(name, request, solution)
+    replicas = None
+    if config.num_replicas != 1:
+        replicas = make_replicas(name, request, config.num_replicas, solution)
+        found = replicas.plans[0]
+    plans = (found,) if replicas is None else replicas.plans
     if output == "yaml":
-        print(dump_plan(found), end="")
+        print("---\n".join(dump_plan(plan) for plan in plans), end="")
         return 0
     if output == "svg":
-        print(picture(found), end="")
+        print(picture(*plans), end="")
         return 0
     explanation = explain(request, solution, found)
     simulation = _simulation(config, request, found)
@@ -65,11 +71,14 @@ def plan(config: PlanConfig, *, output: str) -> int:
             "token_s": found.token_s,
             "tokens_per_s": found.tokens_per_s,
             "prefill_tokens_per_s": found.prefill_tokens_per_s,
+            "replicas": None if replicas is None else dataclasses.asdict(replicas),
             "simulation": None if simulation is None else dataclasses.asdict(simulation),
         }
         print(json.dumps(tree, indent=1))
     else:
         print(report(request, found, explanation))
+        if replicas is not None:
+            print(replica_lines(replicas))
         if simulation is not None:
             print(simulation_line(simulation))
     return 0

@@ -86,6 +86,30 @@ def test_a_load_is_served_in_simulated_time_beside_the_prediction(capsys):
     assert json.loads(printed(capsys, [*arguments, "--json"]))["simulation"] is None
 
 
+def test_replicas_are_in_the_table_json_yaml_and_picture(capsys, tmp_path):
+    arguments = [*BLOOM, "--replicas", "max"]
+    table = printed(capsys, arguments)
+    assert "replicas       4, " in table
+    assert "there can be no more: a pipeline takes at least 2 of the 8 devices" in table
+    for number in range(2, 5):
+        assert f"replica {number}: bloom-176b on 2 × a100-80: 4.25 bits per weight" in table
+    tree = json.loads(printed(capsys, [*arguments, "--json"]))
+    plans = tree["replicas"]["plans"]
+    devices = [stage["device"] for plan in plans for stage in plan["stages"]]
+    assert sorted(devices) == [f"a:{number}" for number in range(8)]
+    assert tree["plan"] == plans[0]
+    documents = printed(capsys, [*arguments, "--yaml"]).split("---\n")
+    for number, text in enumerate(documents):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(text)
+        assert [s.device for s in read_plan(path).stages] == devices[2 * number : 2 * number + 2]
+    svg = ElementTree.fromstring(printed(capsys, [*arguments, "--svg"]))
+    assert svg.find(f"{SVG}title").text.endswith("; 4 replicas")
+    assert len(list(svg.iter(f"{SVG}line"))) == 3
+    frames = [r for r in svg.iter(f"{SVG}rect") if r.get("fill") == "none"]
+    assert len(frames) == 8
+
+
 def test_every_setting_reaches_the_planner(capsys):
     flags = (
         "--sequences 2 --context 512 --formats int3,int4 --mixed --head-format bf16 "
@@ -168,6 +192,10 @@ def test_what_does_not_fit_exits_with_1_and_says_what_would(capsys):
         ([*BLOOM[1:], "--max-loss", "1"], 2, "plan.max_loss is by plan.sensitivity"),
         ([*BLOOM[1:], "--sensitivity", "f", "--mixed"], 2, "leave plan.formats and plan.mixed out"),
         ([*BLOOM[1:], "--sensitivity", "f"], 1, "cannot be read"),
+        ([*BLOOM[1:], "--replicas", "many"], 2, "plan.replicas: 'many' is neither max nor a"),
+        ([*BLOOM[1:], "--replicas", "0"], 2, "plan.replicas: '0' is neither max nor a number"),
+        ([*BLOOM[1:], "--replicas", "9"], 1, "9 pipelines are asked for, and the inventory holds"),
+        ([*BLOOM[1:], "--replicas", "2", "--pin", "a:0=0-9"], 1, "leave pins or replicas"),
         ([*BLOOM[1:], "--simulate", "stream=3"], 2, "plan.simulate: 'stream=3' is not like"),
         ([*BLOOM[1:], "--simulate", "output=0"], 2, "plan.simulate: 'output=0' is not like"),
         ([*BLOOM[1:], "--simulate", "requests=9999"], 2, "is of more than 1,000,000 tokens"),

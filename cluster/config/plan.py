@@ -49,6 +49,17 @@ def _pins(text: str) -> dict[str, tuple[int, int]]:
     return pins
 
 
+MAX_REPLICAS = 64
+
+
+def _replicas(text: str) -> int | None:
+    if text == "max":
+        return None
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_REPLICAS:
+        raise ValueError(f"{text!r} is neither max nor a number from 1 to {MAX_REPLICAS}")
+    return int(text)
+
+
 LOAD = {"streams": 16, "prompt": 128, "output": 128, "requests": 0}
 """What a simulated load is unless told otherwise; of requests, as many as streams."""
 MAX_LOAD_TOKENS = 1_000_000
@@ -185,6 +196,14 @@ class PlanConfig:
     ] = None
     block_size: Annotated[int, Option("Tokens in a KV block.", at_least=1)] = 16
     max_batch_tokens: Annotated[int, Option("Most tokens in one micro-batch.", at_least=1)] = 512
+    replicas: Annotated[
+        str,
+        Option(
+            "Pipelines, each with the whole model on devices of its own: so many, or max; "
+            "max_devices and max_cost are for each.",
+            check=_replicas,
+        ),
+    ] = "1"
     simulate: Annotated[
         str | None,
         Option(
@@ -224,6 +243,11 @@ class PlanConfig:
     def kv_format_names(self) -> tuple[str, ...]:
         """At least one."""
         return _kv_formats(self.kv_formats)
+
+    @property
+    def num_replicas(self) -> int | None:
+        """None: as many as possible."""
+        return _replicas(self.replicas)
 
     @property
     def load(self) -> dict[str, int] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from tightfit.cluster.errors import PlacementError
 from tightfit.cluster.planning.inventory import Device
@@ -21,6 +22,8 @@ from tightfit.cluster.planning.request import (
 )
 from tightfit.kernels.formats import BYTES_PER_ELEMENT, Format
 from tightfit.workers.shard_bytes import bits_per_weight
+
+K = TypeVar("K")
 
 
 def make_plan(name: str, request: PlanRequest, solution: Solution | None = None) -> Plan:
@@ -161,23 +164,36 @@ def _with_embedding_on_device(
 
 
 def _devices(found: Solution) -> list[Device]:
-    """One of its class for each stage, on as few nodes as come by taking the most useful first."""
+    """One of its class for each stage."""
     wanted = Counter(run.device_class for run in found.runs)
     members = {n: found.pools.members(found.packer.classes[n], found.pace) for n in wanted}
-    taken: dict[int, list[Device]] = {n: [] for n in wanted}
-    while any(wanted.values()):
-        node = _most_useful_node(wanted, members)
-        for n, devices in members.items():
-            here = [device for device in devices if device.node == node][: wanted[n]]
-            taken[n] += here
-            wanted[n] -= len(here)
-            members[n] = [device for device in devices if device.node != node]
     # Stages of one class lie next to each other on a node where they can.
-    queues = {n: iter(devices) for n, devices in taken.items()}
+    queues = {n: iter(devices) for n, devices in on_few_nodes(wanted, members).items()}
     return [next(queues[run.device_class]) for run in found.runs]
 
 
-def _most_useful_node(wanted: Mapping[int, int], members: Mapping[int, Sequence[Device]]) -> str:
+def on_few_nodes(
+    wanted: Mapping[K, int], members: Mapping[K, Sequence[Device]]
+) -> dict[K, list[Device]]:
+    """So many devices of each class, on as few nodes as come by taking the most useful first.
+
+    Args:
+        wanted: of each class, how many.
+        members: of each class that is wanted, at least as many.
+    """
+    missing, rest = dict(wanted), dict(members)
+    taken: dict[K, list[Device]] = {n: [] for n in missing}
+    while any(missing.values()):
+        node = _most_useful_node(missing, rest)
+        for n, devices in rest.items():
+            here = [device for device in devices if device.node == node][: missing[n]]
+            taken[n] += here
+            missing[n] -= len(here)
+            rest[n] = [device for device in devices if device.node != node]
+    return taken
+
+
+def _most_useful_node(wanted: Mapping[K, int], members: Mapping[K, Sequence[Device]]) -> str:
     """The node with most devices that are still wanted; of several, the first in the inventory."""
     useful: dict[str, int] = {}
     for n, devices in members.items():

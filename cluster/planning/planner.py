@@ -145,13 +145,14 @@ class Search:
         self._ladder, self._parts = ladder, parts
         limit = request.max_dollars
         self.pools = Pools(
-            [self._candidate(device) for device in devices],
+            [self.candidate(device) for device in devices],
             request.objective,
             max_devices=request.max_devices,
             max_microdollars=None if limit is None else int(limit * 1_000_000),
         )
 
-    def _candidate(self, device: Device) -> Candidate:
+    def candidate(self, device: Device) -> Candidate:
+        """A device, and its room for weights and KV blocks."""
         room = max(0, self.request.inventory.usable(device) - self._parts[0].workspace)
         room -= room % self.request.room_grain_bytes
         return Candidate(device=device, room=room, only=self.request.pins.get(device.device_id))
