@@ -186,24 +186,27 @@ class Audit(grpc.aio.ServerInterceptor):
         return self._noted(method.rpartition("/")[2], handler)
 
     def _noted(self, name: str, handler: Any) -> Any:
+        """All methods of the service are unary; a refusal takes a stream, and reads none of it."""
         caller = current_caller.get()
 
-        def write(context: Context) -> None:
-            code = context.code()
-            if not isinstance(code, grpc.StatusCode):
-                code = next((c for c in grpc.StatusCode if c.value[0] == code), None)
-            names = list(context.auth_context().get("x509_common_name", ()))
-            self._audit.write(
-                name,
-                caller=caller.token.name if caller is not None else None,
-                certificate=names[0].decode("utf-8", "replace") if names else None,
-                peer=context.peer(),
-                result=code.name if code is not None else "UNKNOWN",
-            )
-
         async def answer(request: Any, context: Context) -> Any:
-            context.add_done_callback(write)  # type: ignore[arg-type]
-            return await (handler.unary_unary or handler.stream_stream)(request, context)
+            result = grpc.StatusCode.CANCELLED
+            try:
+                answered = await (handler.unary_unary or handler.stream_stream)(request, context)
+                result = grpc.StatusCode.OK
+                return answered
+            except grpc.aio.AbortError:
+                result = _status(context)
+                raise
+            finally:
+                names = list(context.auth_context().get("x509_common_name", ()))
+                self._audit.write(
+                    name,
+                    caller=caller.token.name if caller is not None else None,
+                    certificate=names[0].decode("utf-8", "replace") if names else None,
+                    peer=context.peer(),
+                    result=result.name,
+                )
 
         if handler.request_streaming:
             return grpc.stream_stream_rpc_method_handler(
@@ -212,3 +215,9 @@ class Audit(grpc.aio.ServerInterceptor):
         return grpc.unary_unary_rpc_method_handler(
             answer, handler.request_deserializer, handler.response_serializer
         )
+
+
+def _status(context: Context) -> grpc.StatusCode:
+    """What a call was aborted with: gRPC keeps its number."""
+    number: Any = context.code()
+    return next(code for code in grpc.StatusCode if number in (code, code.value[0]))
