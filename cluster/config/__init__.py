@@ -19,6 +19,7 @@ from tightfit.cluster.config.plan import PlanConfig
 from tightfit.cluster.config.probe import ProbeConfig
 from tightfit.cluster.config.quantize import QuantizeConfig
 from tightfit.cluster.config.serve import ServeConfig
+from tightfit.cluster.config.token import TokenConfig
 from tightfit.cluster.settings import Values, build, read_file
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "ProbeConfig",
     "QuantizeConfig",
     "ServeConfig",
+    "TokenConfig",
     "client_config",
     "plan_config",
     "probe_config",
@@ -34,6 +36,7 @@ __all__ = [
     "read_config_file",
     "serve_config",
     "split_address",
+    "token_config",
 ]
 
 SECTIONS: Mapping[str, type[Any]] = {
@@ -42,6 +45,7 @@ SECTIONS: Mapping[str, type[Any]] = {
     "quantize": QuantizeConfig,
     "plan": PlanConfig,
     "probe": ProbeConfig,
+    "token": TokenConfig,
 }
 
 
@@ -106,3 +110,17 @@ def probe_config(file: Mapping[str, Values], flags: Values | None = None) -> Pro
         ConfigError: see `build`.
     """
     return build(ProbeConfig, "probe", {**file.get("probe", {}), **(flags or {})})
+
+
+def token_config(file: Mapping[str, Values], flags: Values | None = None) -> TokenConfig:
+    """Which tokens: `flags` (by key) over the file's `token` section; without a file of tokens,
+    the same file's service's.
+
+    Raises:
+        ConfigError: see `build`.
+    """
+    values = {**file.get("token", {}), **(flags or {})}
+    tokens_file = file.get("serve", {}).get("tokens_file")
+    if "tokens_file" not in values and tokens_file is not None:
+        values["tokens_file"] = tokens_file
+    return build(TokenConfig, "token", values)
