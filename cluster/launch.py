@@ -22,6 +22,7 @@ from tightfit.cluster.errors import ConfigError, PlacementError, UnavailableErro
 from tightfit.cluster.nodes import alive_nodes, probe_nodes
 from tightfit.cluster.pipeline import LinkedStages
 from tightfit.cluster.placement import Place
+from tightfit.cluster.ray_authentication import answers_anyone
 from tightfit.workers.actor import StageActor
 from tightfit.workers.api import LoadProgress, StageSpec, StageStatus
 from tightfit.workers.errors import WorkerError
@@ -59,13 +60,15 @@ class RayOptions:
     """Ray's placement strategy for the stages: PACK, SPREAD, STRICT_PACK or STRICT_SPREAD."""
     placement_timeout_s: float = 60.0
     """How long to wait for the cluster to have room."""
+    insecure: bool = False
+    """Join a cluster that asks nobody for a token."""
 
 
 class RaySession:
     """A connection to Ray; when the cluster is private, the cluster itself.
 
     Raises:
-        ConfigError: the cluster at `address` cannot be reached.
+        ConfigError: the cluster at `address` cannot be reached, or asks nobody for a token.
     """
 
     def __init__(self, options: RayOptions) -> None:
@@ -88,8 +91,22 @@ class RaySession:
             except (ConnectionError, RuntimeError) as error:
                 raise ConfigError(
                     f"no Ray cluster answers at {options.address}: {error}. Start one with "
-                    "`ray start --head`, or leave the address out to start a private one"
+                    "`ray start --head`, or leave the address out to start a private one. One that "
+                    "runs answers only who has its token (RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH)"
                 ) from error
+            self._refuse_an_open_cluster()
+
+    def _refuse_an_open_cluster(self) -> None:
+        if self.options.insecure:
+            return
+        address = ray.get_runtime_context().gcs_address
+        if answers_anyone(address):
+            ray.shutdown()
+            raise ConfigError(
+                f"the Ray cluster at {address} answers without a token: whoever reaches its ports "
+                "can run code on its nodes. Start its nodes with RAY_AUTH_MODE=token and the same "
+                "RAY_AUTH_TOKEN, or say serve.insecure_ray"
+            )
 
     def _start_private(self, common: dict[str, Any]) -> None:
         """Start Ray for this process alone; what was started is ended when that fails halfway."""
@@ -148,14 +165,14 @@ class RaySession:
         shutil.rmtree(self._temp_dir, ignore_errors=True)
 
 
-def probe_cluster(address: str, device: str) -> list[NodeProbe]:
+def probe_cluster(address: str, device: str, *, insecure: bool) -> list[NodeProbe]:
     """What every node of a Ray cluster measures of itself.
 
     Raises:
-        ConfigError: the cluster cannot be reached.
+        ConfigError: the cluster cannot be reached, or asks nobody for a token.
         PlacementError: see `probe_nodes`.
     """
-    session = RaySession(RayOptions(address=address))
+    session = RaySession(RayOptions(address=address, insecure=insecure))
     try:
         return probe_nodes(alive_nodes(), "all" if device == AUTO else device)
     finally:

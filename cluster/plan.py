@@ -135,5 +135,5 @@ def _measured(config: PlanConfig) -> Inventory:
         ray_environment.prepare(is_private=False)
         from tightfit.cluster.launch import probe_cluster
 
-        probes = probe_cluster(config.ray_address, config.device)
+        probes = probe_cluster(config.ray_address, config.device, insecure=config.insecure_ray)
     return live_inventory(probes, config.device, cpu_budget_bytes=config.cpu_budget_bytes)

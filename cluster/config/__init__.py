@@ -17,6 +17,7 @@ from tightfit.cluster.config.plan import PlanConfig
 from tightfit.cluster.config.probe import ProbeConfig
 from tightfit.cluster.config.quantize import QuantizeConfig
 from tightfit.cluster.config.serve import ServeConfig
+from tightfit.cluster.config.token import TokenConfig
 from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.settings import Values, build, read_file
 from tightfit.workers.model_formats import AUTO
@@ -27,6 +28,7 @@ __all__ = [
     "ProbeConfig",
     "QuantizeConfig",
     "ServeConfig",
+    "TokenConfig",
     "client_config",
     "plan_config",
     "probe_config",
@@ -35,6 +37,7 @@ __all__ = [
     "serve_config",
     "split_address",
     "start_plan_config",
+    "token_config",
 ]
 
 SECTIONS: Mapping[str, type[Any]] = {
@@ -43,6 +46,7 @@ SECTIONS: Mapping[str, type[Any]] = {
     "quantize": QuantizeConfig,
     "plan": PlanConfig,
     "probe": ProbeConfig,
+    "token": TokenConfig,
 }
 
 
@@ -137,3 +141,17 @@ def probe_config(file: Mapping[str, Values], flags: Values | None = None) -> Pro
         ConfigError: see `build`.
     """
     return build(ProbeConfig, "probe", {**file.get("probe", {}), **(flags or {})})
+
+
+def token_config(file: Mapping[str, Values], flags: Values | None = None) -> TokenConfig:
+    """Which tokens: `flags` (by key) over the file's `token` section; without a file of tokens,
+    the same file's service's.
+
+    Raises:
+        ConfigError: see `build`.
+    """
+    values = {**file.get("token", {}), **(flags or {})}
+    tokens_file = file.get("serve", {}).get("tokens_file")
+    if "tokens_file" not in values and tokens_file is not None:
+        values["tokens_file"] = tokens_file
+    return build(TokenConfig, "token", values)

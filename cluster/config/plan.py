@@ -68,6 +68,7 @@ class PlanConfig:
         str | None,
         Option('Ray cluster whose nodes are measured: "auto" or host:port; default: this machine.'),
     ] = None
+    insecure_ray: Annotated[bool, Option("As of serve.")] = False
     device: Annotated[
         str,
         Option(

@@ -49,7 +49,7 @@ def main(path: str, plan: str, length: int) -> None:
         nodes = {
             name: cluster.add_node(num_cpus=2, labels={NODE_LABEL: name}) for name in ("a", "b")
         }
-        config = ServeConfig(model=path, plan=plan, ray_address=cluster.address)
+        config = ServeConfig(model=path, plan=plan, ray_address=cluster.address, insecure_ray=True)
         model = describe_model(config.model)
         early = arrange_early(config, model)
         session = RaySession(ray_options(early.config))
