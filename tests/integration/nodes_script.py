@@ -46,6 +46,7 @@ def main(path: str, length: int) -> None:
             cluster.add_node(num_cpus=1)
         config = ServeConfig(
             model=path, format="fp32", stages=2, ray_address=cluster.address, kv_blocks=64,
+            insecure_ray=True,
             ray_strategy="STRICT_SPREAD",
         )  # fmt: skip
         model = describe_model(config.model)
