@@ -19,7 +19,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tightfit.cluster.errors import ConfigError, PlacementError, UnavailableError
-from tightfit.cluster.nodes import alive_nodes, probe_nodes
+from tightfit.cluster.nodes import alive_nodes, probe_nodes, slowest_link
 from tightfit.cluster.pipeline import LinkedStages
 from tightfit.cluster.placement import Place
 from tightfit.cluster.ray_authentication import answers_anyone
@@ -27,7 +27,7 @@ from tightfit.workers.actor import StageActor
 from tightfit.workers.api import LoadProgress, StageSpec, StageStatus
 from tightfit.workers.errors import WorkerError
 from tightfit.workers.model_formats import AUTO
-from tightfit.workers.probing.result import NodeProbe
+from tightfit.workers.probing.result import LinkRate, NodeProbe
 
 log = logging.getLogger(__name__)
 
@@ -165,8 +165,10 @@ class RaySession:
         shutil.rmtree(self._temp_dir, ignore_errors=True)
 
 
-def probe_cluster(address: str, device: str, *, insecure: bool) -> list[NodeProbe]:
-    """What every node of a Ray cluster measures of itself.
+def probe_cluster(
+    address: str, device: str, *, insecure: bool
+) -> tuple[list[NodeProbe], LinkRate | None]:
+    """What every node of a Ray cluster measures of itself, and the slowest link between them.
 
     Raises:
         ConfigError: the cluster cannot be reached, or asks nobody for a token.
@@ -174,7 +176,8 @@ def probe_cluster(address: str, device: str, *, insecure: bool) -> list[NodeProb
     """
     session = RaySession(RayOptions(address=address, insecure=insecure))
     try:
-        return probe_nodes(alive_nodes(), "all" if device == AUTO else device)
+        nodes = alive_nodes()
+        return probe_nodes(nodes, "all" if device == AUTO else device), slowest_link(nodes)
     finally:
         session.close()
 

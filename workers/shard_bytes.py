@@ -94,6 +94,30 @@ def layer_bytes(
     )
 
 
+def layer_format_bytes(
+    config: DecoderConfig, formats: ModelFormats, layer: int
+) -> dict[Format, int]:
+    """The linear layers' part of `layer_bytes`, by format."""
+    found: dict[Format, int] = {}
+    for role, n_out, n_in, bias in _layer_shapes(config):
+        fmt = formats.scheme(role, layer).format
+        size = _linear_bytes(formats, role, n_out, n_in, layer=layer, bias=bias)
+        found[fmt] = found.get(fmt, 0) + size
+    return found
+
+
+def head_format_bytes(config: DecoderConfig, formats: ModelFormats) -> dict[Format, int]:
+    """The linear layers' part of `head_bytes`, by format; shared or not, a step reads them."""
+    shapes = [(Role.HEAD, config.vocab_size, config.embedding_size)]
+    if config.is_projected:
+        shapes.append((Role.PROJECT_OUT, config.embedding_size, config.hidden_size))
+    found: dict[Format, int] = {}
+    for role, n_out, n_in in shapes:
+        fmt = formats.scheme(role).format
+        found[fmt] = found.get(fmt, 0) + _linear_bytes(formats, role, n_out, n_in)
+    return found
+
+
 def _layer_shapes(config: DecoderConfig) -> tuple[tuple[Role, int, int, bool], ...]:
     """(role, N, K, has a bias) of a block's linear layers."""
     attn, hidden, mlp = config.num_heads * config.head_dim, config.hidden_size, config.mlp_bias

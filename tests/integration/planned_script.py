@@ -86,7 +86,8 @@ def main(path: str, plan: str, length: int) -> None:
         json.dumps(
             {
                 "tokens": tokens, "on": on, "compare": lines, "before": before, "after": after,
-                "again": again, "link": [link.source, link.target, link.latency_s, link.bytes_per_s],
+                "again": again,
+                "link": [link.source, link.target, link.latency_s, link.bytes_per_s],
                 "refusal": refusal, "left": left,
             }
         )

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -10,6 +11,7 @@ from tightfit.cluster.planning.explain import explain, why_not
 from tightfit.cluster.planning.inventory import CONFIGS, read_inventory
 from tightfit.cluster.planning.planner import fits, solve
 from tightfit.cluster.planning.pools import Objective
+from tightfit.cluster.planning.rates import Link, Rates
 from tightfit.cluster.planning.report import report
 from tightfit.cluster.planning.request import PlanRequest, Spare
 from tightfit.cluster.settings import read_yaml
@@ -150,6 +152,61 @@ def test_a_pipelines_time_for_a_token_is_the_time_to_read_it_all():
     plan, _ = explained(request_for("bloom-176b", "8xa100-80", formats=("int8",)))
     read = 172.6e9 + 3.6e9 + 2048 * 70 * 2 * 112 * 130
     assert plan.token_s == pytest.approx(read / 2039e9, rel=0.01)
+
+
+RATES = Rates(
+    (("int4", ((1, 0.002), (64, 0.004), (256, 0.01))), ("int8", ((1, 0.001), (64, 0.003))))
+)
+
+
+def measured(request, **links):
+    """The same on devices whose rates were measured."""
+    inventory = request.inventory
+    devices = tuple(
+        replace(device, type=replace(device.type, rates=RATES)) for device in inventory.devices
+    )
+    return replace(request, inventory=replace(inventory, devices=devices, **links))
+
+
+def test_where_rates_were_measured_times_are_by_them_and_the_table_says_so():
+    request = measured(request_for("bloom-176b", "8xa100-80", formats=("int4",)))
+    plan, said = explained(request)
+    kv = 2048 * 70 * 2 * 112 * 130
+    head = 250_880 * 14_336
+    layers = sum(stage.layer_bytes for stage in plan.stages)
+    assert plan.token_s == pytest.approx(
+        layers * 0.002e-9 + head * 0.001e-9 + kv / 2039e9, rel=1e-3
+    )
+    by = min(512 / (stage.layer_bytes * 1e-9 * (0.01 + 256 * 0.006 / 192)) for stage in plan.stages)
+    assert plan.prefill_tokens_per_s == pytest.approx(by, rel=1e-3)
+    assert "by measured rates, links cost nothing" in report(request, plan, said)
+    partly = measured(request_for("bloom-176b", "8xa100-80", formats=("bf16",), sequences=8))
+    plan, said = explained(partly)
+    assert "at best, by the devices' data sheets" in report(partly, plan, said)
+
+
+def test_links_are_in_the_time_of_a_token_once_for_each_stage_and_once_back():
+    free = request_for("bloom-176b", "8xa100-80", sequences=2)
+    inventory = replace(free.inventory, within_node={"a": Link(latency_us=500, gb_per_s=0.028672)})
+    request = replace(free, inventory=inventory)
+    (before, _), (plan, said) = explained(free), explained(request)
+    assert len(plan.stages) == 2
+    # To the first stage and back go token ids, between the stages 28 KiB for a token.
+    hop = 3 * 500e-6 + 1e-3
+    assert plan.token_s == pytest.approx(before.token_s + hop)
+    # Two sequences, two stages: the slower stage is the limit, or the round with its links.
+    times = plan.step_s(1)
+    assert plan.tokens_per_s == pytest.approx(2 / max(sum(times) + hop, 2 * max(times)))
+    assert "links counted" in report(request, plan, said)
+
+
+def test_links_between_nodes_count_where_stages_are_on_several():
+    request = request_for("bloom-176b", "three-node-pool", formats=("int8",))
+    far = replace(request.inventory, between_nodes=Link(latency_us=10_000))
+    (before, _), (plan, _) = explained(request), explained(replace(request, inventory=far))
+    changes = sum(a.node != b.node for a, b in pairwise([*plan.stages, plan.stages[0]]))
+    assert changes >= 2
+    assert plan.token_s == pytest.approx(before.token_s + changes * 0.01)
 
 
 def test_with_many_sequences_a_pipeline_gives_more_tokens_but_not_more_than_it_can_multiply():

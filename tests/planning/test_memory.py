@@ -189,3 +189,23 @@ def test_formats_are_not_mixed_where_layers_of_a_checkpoint_differ():
     odd = replace(formats, stored=({Role.QKV: Scheme(format=Format.INT8)}, *[{}] * 29))
     with pytest.raises(PlacementError, match="mixed layer by layer only where all layers are al"):
         model_parts(model, odd, model_formats(model, "int8"), block_size=16, max_batch_tokens=512)
+
+
+@pytest.mark.parametrize("config", [BLOOM_176B, SMOLLM2_135M])
+@pytest.mark.parametrize("layers", ["bf16", "int8", "int4"])
+def test_what_a_step_reads_by_format_adds_up_to_what_is_held(config, layers):
+    model = decoder_config(config)
+    held = model_formats(model, layers, device="cuda")
+    mixed = replace(
+        held,
+        stored=tuple(
+            {Role.MLP_UP: Scheme(format=Format.INT3)} if i % 2 else {}
+            for i in range(model.num_layers)
+        ),
+    )
+    for formats, kinds in ((held, 1), (mixed, 2)):
+        parts = model_parts(model, formats, block_size=16, max_batch_tokens=512)
+        assert tuple(parts.kinds[kind].total for kind in parts.kind) == parts.layers
+        assert len(parts.kinds) == kinds
+        assert parts.head_reads.total == parts.head
+    assert dict(parts.kinds[1].linears).keys() == {layers, "int3"}

@@ -11,10 +11,8 @@ from typing import Final
 from tightfit.workers.api import MicroBatch
 from tightfit.workers.errors import LinkError
 from tightfit.workers.link import Endpoint, Receiver, Sender, StepMessage
-from tightfit.workers.probing.result import LinkRate
+from tightfit.workers.probing.result import SMALL_BYTES, LinkRate
 
-SMALL_BYTES: Final = 28 * 2**10
-"""One token's hidden state of BLOOM-176B."""
 LARGE_BYTES: Final = 4 * 2**20
 """A micro-batch of some 150 such tokens."""
 MAX_ROUNDS: Final = 101
