@@ -110,6 +110,8 @@ def stage_specs(config: ServeConfig, model: ModelDescription) -> list[StageSpec]
             num_kv_blocks=config.kv_blocks,
             max_kv_blocks=config.max_kv_blocks,
             max_batch_tokens=config.max_batch_tokens,
+            max_context=config.max_context,
+            max_sequences=config.max_running_sequences,
             num_threads=config.threads_per_stage,
         )
         for index, (first, end) in enumerate(ranges)
