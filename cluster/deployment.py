@@ -120,6 +120,7 @@ def ray_options(config: ServeConfig) -> RayOptions:
     """How to reach, or start, Ray."""
     return RayOptions(
         address=config.ray_address,
+        adds_node=config.ray_join,
         num_cpus=config.stages * config.threads_per_stage,
         threads_per_stage=config.threads_per_stage,
         gpus_per_stage=1 if config.device == "cuda" else 0,

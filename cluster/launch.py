@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from tightfit.cluster.errors import ConfigError, PlacementError, UnavailableError
 from tightfit.cluster.hub import resolve_model
 from tightfit.cluster.pipeline import LinkedStages
+from tightfit.cluster.ray_node import OBJECT_STORE_BYTES, JoinedNode
 from tightfit.workers.actor import StageActor
 from tightfit.workers.api import LoadProgress, StageSpec, StageStatus
 from tightfit.workers.checkpoint import open_checkpoint
@@ -32,8 +33,6 @@ log = logging.getLogger(__name__)
 
 CONTROL_TIMEOUT_S = 30.0
 PROGRESS_POLL_S = 0.25
-OBJECT_STORE_BYTES = 80 * 2**20
-"""Ray's least: no tensor ever goes through the object store."""
 SPIN_COUNT = 30_000
 """GOMP_SPINCOUNT of a stage: how often a waiting OpenMP thread looks before it sleeps. By libgomp's
 own default of 300,000 the threads of a finished forward hold their cores for about a millisecond,
@@ -49,6 +48,8 @@ class RayOptions:
 
     address: str | None = None
     """None: start a private one on this machine; "auto" or host:port: join."""
+    adds_node: bool = False
+    """Make this machine a node of the cluster at `address` first, one without room for stages."""
     num_cpus: int = 1
     """Logical CPUs of a private cluster."""
     threads_per_stage: int = 1
@@ -72,6 +73,7 @@ class RaySession:
         self._was_connected = ray.is_initialized()
         self._temp_dir: str | None = None
         self._processes: list[psutil.Process] = []
+        self._node: JoinedNode | None = None
         if self._was_connected:
             return
         common: dict[str, Any] = {
@@ -81,6 +83,8 @@ class RaySession:
         }
         if options.address is None:
             self._start_private(common)
+        elif options.adds_node:
+            self._join(options.address, common)
         else:
             try:
                 ray.init(address=options.address, **common)
@@ -109,6 +113,27 @@ class RaySession:
             raise
         self._processes = self._children_since(before)
 
+    def _join(self, address: str, common: dict[str, Any]) -> None:
+        """Add a node to the cluster, and connect through it as soon as it is known there."""
+        deadline = time.monotonic() + self.options.placement_timeout_s
+        self._node = JoinedNode(address)
+        try:
+            self._node.start(self.options.placement_timeout_s)
+            while True:
+                try:
+                    ray.init(address=address, **common)
+                    return
+                except (ConnectionError, RuntimeError, ValueError) as error:
+                    ended = self._node.why_ended()
+                    if ended is not None or time.monotonic() > deadline:
+                        raise ConfigError(
+                            f"cannot join the Ray cluster at {address}: {ended or error}"
+                        ) from error
+                time.sleep(PROGRESS_POLL_S)
+        except BaseException:
+            self._node.close()
+            raise
+
     @staticmethod
     def _children_since(before: set[psutil.Process]) -> list[psutil.Process]:
         return [p for p in psutil.Process().children(recursive=True) if p not in before]
@@ -124,6 +149,8 @@ class RaySession:
             return
         if self._temp_dir is None:
             ray.shutdown()
+            if self._node is not None:
+                self._node.close()
             return
         family = set(self._processes)
         for process in self._processes:
