@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from tightfit.cluster.errors import ConfigError, PlacementError, UnavailableError
 from tightfit.cluster.hub import resolve_model
 from tightfit.cluster.pipeline import LinkedStages
+from tightfit.cluster.ray_authentication import answers_anyone
 from tightfit.cluster.ray_node import OBJECT_STORE_BYTES, JoinedNode
 from tightfit.workers.actor import StageActor
 from tightfit.workers.api import LoadProgress, StageSpec, StageStatus
@@ -59,13 +60,15 @@ class RayOptions:
     """Ray's placement strategy for the stages: PACK, SPREAD, STRICT_PACK or STRICT_SPREAD."""
     placement_timeout_s: float = 60.0
     """How long to wait for the cluster to have room."""
+    insecure: bool = False
+    """Join a cluster that asks nobody for a token."""
 
 
 class RaySession:
     """A connection to Ray; when the cluster is private, the cluster itself.
 
     Raises:
-        ConfigError: the cluster at `address` cannot be reached.
+        ConfigError: the cluster at `address` cannot be reached, or asks nobody for a token.
     """
 
     def __init__(self, options: RayOptions) -> None:
@@ -91,8 +94,22 @@ class RaySession:
             except (ConnectionError, RuntimeError) as error:
                 raise ConfigError(
                     f"no Ray cluster answers at {options.address}: {error}. Start one with "
-                    "`ray start --head`, or leave the address out to start a private one"
+                    "`ray start --head`, or leave the address out to start a private one. One that "
+                    "runs answers only who has its token (RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH)"
                 ) from error
+            self._refuse_an_open_cluster()
+
+    def _refuse_an_open_cluster(self) -> None:
+        if self.options.insecure:
+            return
+        address = ray.get_runtime_context().gcs_address
+        if answers_anyone(address):
+            ray.shutdown()
+            raise ConfigError(
+                f"the Ray cluster at {address} answers without a token: whoever reaches its ports "
+                "can run code on its nodes. Start its nodes with RAY_AUTH_MODE=token and the same "
+                "RAY_AUTH_TOKEN, or say serve.insecure_ray"
+            )
 
     def _start_private(self, common: dict[str, Any]) -> None:
         """Start Ray for this process alone; what was started is ended when that fails halfway."""
@@ -122,7 +139,7 @@ class RaySession:
             while True:
                 try:
                     ray.init(address=address, **common)
-                    return
+                    break
                 except (ConnectionError, RuntimeError, ValueError) as error:
                     ended = self._node.why_ended()
                     if ended is not None or time.monotonic() > deadline:
@@ -130,6 +147,7 @@ class RaySession:
                             f"cannot join the Ray cluster at {address}: {ended or error}"
                         ) from error
                 time.sleep(PROGRESS_POLL_S)
+            self._refuse_an_open_cluster()
         except BaseException:
             self._node.close()
             raise
