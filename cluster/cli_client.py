@@ -161,6 +161,11 @@ def print_status(answer: dict[str, Any], console: Console) -> None:
         f"{load['preemptions']} preemptions",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
+    if answer["better_plan"]:
+        console.print(
+            f"a better plan has become possible: {answer['better_plan']}; a restart takes it",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
     if answer["stages"]:
         console.print(stage_table(answer["stages"], console.width))
 
@@ -186,7 +191,7 @@ def _stage_row(stage: dict[str, Any]) -> dict[str, str]:
         "layers": f"{stage['first_layer']}-{stage['end_layer'] - 1}",
         "format": stage["format"],
         "KV": stage["kv_format"],
-        "device": stage["device"],
+        "device": stage["planned_device"] or stage["device"],
         "pid": str(stage["pid"]),
         "busy": f"{100 * stage['busy_share']:.0f} %",
         "predicted": format_bytes(memory["predicted_weight_bytes"]),

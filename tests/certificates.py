@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -21,10 +22,12 @@ class Certificates:
         self.ca = directory / "ca.crt"
         self._authority.cert_pem.write_to_path(self.ca)
 
-    def issue(self, name: str, *, expired: bool = False) -> tuple[Path, Path]:
-        """Certificate chain and key of "127.0.0.1" and "localhost", with a common name."""
+    def issue(
+        self, name: str, *, expired: bool = False, hosts: Sequence[str] = ("127.0.0.1", "localhost")
+    ) -> tuple[Path, Path]:
+        """Files of a certificate chain of these hosts, and of its key; `name`: its common name."""
         leaf = self._authority.issue_cert(
-            "127.0.0.1", "localhost", common_name=name, not_after=LONG_AGO if expired else None
+            *hosts, common_name=name, not_after=LONG_AGO if expired else None
         )
         cert, key = self.directory / f"{name}.crt", self.directory / f"{name}.key"
         cert.write_bytes(b"".join(pem.bytes() for pem in leaf.cert_chain_pems))

@@ -8,7 +8,7 @@ from typing import Any, Self, Unpack
 import grpc
 
 from tightfit.client import _convert
-from tightfit.client._security import call_metadata
+from tightfit.client._security import call_metadata, channel_options
 from tightfit.client._types import Chunk, Generation, Model, Prompt, SamplingOptions, Scores
 from tightfit.v1 import (
     cluster_pb2,
@@ -44,10 +44,11 @@ class AsyncClient:
         self._metadata = call_metadata(
             target, token, is_encrypted=credentials is not None, insecure_token=insecure_token
         )
+        options = channel_options(target)
         self._channel = (
-            grpc.aio.insecure_channel(target, options=_convert.OPTIONS)
+            grpc.aio.insecure_channel(target, options=options)
             if credentials is None
-            else grpc.aio.secure_channel(target, credentials, options=_convert.OPTIONS)
+            else grpc.aio.secure_channel(target, credentials, options=options)
         )
         self._timeout_s = timeout_s
         self._inference: Any = inference_pb2_grpc.InferenceServiceStub(self._channel)

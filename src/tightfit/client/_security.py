@@ -10,6 +10,8 @@ from typing import TypedDict
 
 import grpc
 
+from tightfit.client import _convert
+
 TOKEN_VARIABLE = "TIGHTFIT_TOKEN"
 MAX_TOKEN_FILE_BYTES = 4096
 
@@ -109,6 +111,14 @@ def call_metadata(
             "read: use TLS, or say insecure_token"
         )
     return (("authorization", f"Bearer {token}"),)
+
+
+def channel_options(target: str) -> tuple[tuple[str, int], ...]:
+    """gRPC's options for a target. What is for this machine goes to no proxy: it may be in the
+    clear."""
+    if stays_here(target):
+        return (*_convert.OPTIONS, ("grpc.enable_http_proxy", 0))
+    return _convert.OPTIONS
 
 
 def stays_here(target: str) -> bool:
