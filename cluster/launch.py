@@ -270,7 +270,7 @@ class StageGroup:
         self._group = placement_group(
             [dict(bundle) for bundle in bundles],
             options.strategy if not selectors else "PACK",
-            bundle_label_selector=selectors,
+            bundle_label_selector=selectors or None,
         )
         if not self._group.wait(options.placement_timeout_s):
             raise PlacementError(self._why_no_room(bundles))
