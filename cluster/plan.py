@@ -7,20 +7,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from tightfit.cluster.config import PlanConfig
+from tightfit.cluster.config.chart import inventory_tree, read_values
 from tightfit.cluster.errors import ConfigError, PlacementError
 from tightfit.cluster.hub import download_config, parse_hub_name
 from tightfit.cluster.planning.ask import plan_request
 from tightfit.cluster.planning.assembly import make_plan
 from tightfit.cluster.planning.explain import explain, why_not
-from tightfit.cluster.planning.inventory import CONFIGS, Inventory, read_inventory
+from tightfit.cluster.planning.inventory import (
+    CONFIGS,
+    Inventory,
+    parse_inventory,
+    read_inventory,
+)
 from tightfit.cluster.planning.picture import picture
-from tightfit.cluster.planning.plan import dump_plan
+from tightfit.cluster.planning.plan import Plan, dump_plan
 from tightfit.cluster.planning.planner import solve
 from tightfit.cluster.planning.report import report
+from tightfit.cluster.planning.request import PlanRequest
 from tightfit.cluster.settings import as_mapping, read_yaml
 from tightfit.workers.decoder_config import decoder_config
 
@@ -43,6 +51,7 @@ def plan(config: PlanConfig, *, output: str) -> int:
     if solution is None:
         raise PlacementError(why_not(name, request))
     found = make_plan(name, request, solution)
+    others = _other_replicas(config.replicas, name, request, found)
     if output == "yaml":
         print(dump_plan(found), end="")
         return 0
@@ -60,11 +69,34 @@ def plan(config: PlanConfig, *, output: str) -> int:
             "token_s": found.token_s,
             "tokens_per_s": found.tokens_per_s,
             "prefill_tokens_per_s": found.prefill_tokens_per_s,
+            "other_replicas": [[stage.device for stage in other.stages] for other in others],
         }
         print(json.dumps(tree, indent=1))
     else:
         print(report(request, found, explanation))
+        for number, other in enumerate(others, start=2):
+            print(f"replica {number}      " + ", ".join(stage.device for stage in other.stages))
     return 0
+
+
+def _other_replicas(count: int, name: str, request: PlanRequest, first: Plan) -> list[Plan]:
+    """Plans for the second replica and so on, each on devices that no earlier one has.
+
+    Raises:
+        PlacementError: what is left does not hold another one.
+    """
+    plans = [first]
+    taken: frozenset[str] = request.exclude
+    for number in range(2, count + 1):
+        taken |= {stage.device for stage in plans[-1].stages}
+        left = [device for device in request.inventory.devices if device.device_id not in taken]
+        request = dataclasses.replace(request, exclude=taken)
+        solution = solve(request) if left else None
+        if solution is None:
+            why = why_not(name, request) if left else "the others hold every device"
+            raise PlacementError(f"replica {number} of {count}: {why}")
+        plans.append(make_plan(name, request, solution))
+    return plans[1:]
 
 
 def read_model_config(model: str) -> Mapping[str, object]:
@@ -109,9 +141,11 @@ def _model_name(model: str) -> str:
 
 
 def _inventory(config: PlanConfig) -> Inventory:
-    """The devices that the plan may use: listed in a file, or measured."""
+    """The devices that the plan may use: listed in a file, pools of the chart, or measured."""
     if config.live:
         return _measured(config)
+    if config.values is not None:
+        return _pools(config.values)
     name = config.inventory or ""
     path = Path(name).expanduser()
     shipped = CONFIGS / "inventories" / f"{name}.yaml"
@@ -121,6 +155,18 @@ def _inventory(config: PlanConfig) -> Inventory:
         known = ", ".join(sorted(file.stem for file in shipped.parent.glob("*.yaml")))
         raise ConfigError(f"{name}: no such inventory; those that come with Tightfit: {known}")
     return read_inventory(path)
+
+
+def _pools(paths: str) -> Inventory:
+    tree = inventory_tree(read_values(paths))
+    try:
+        return parse_inventory(tree, paths)
+    except ConfigError as error:  # in the words of the values
+        names = [node["name"] for node in tree["nodes"]]
+        said = str(error).replace(": types", ": deviceTypes")
+        said = re.sub(r"(nodes\[\d+\])\.count", r"\1.nodes", said)
+        said = re.sub(r"nodes\[(\d+)\]", lambda match: f"pools.{names[int(match[1])]}", said)
+        raise ConfigError(said.replace(".devices[0]", ".devices")) from None
 
 
 def _measured(config: PlanConfig) -> Inventory:

@@ -198,8 +198,9 @@ class Pod:
         self._output = self.log.open("w")
         self.process = subprocess.Popen(
             [
-                "ip", "netns", "exec", self.namespace, "unshare", "--mount", "--pid", "--ipc", "--uts",
-                "--fork", "--kill-child", "bash", "-e", str(script),
+                "ip", "netns", "exec", self.namespace,
+                "unshare", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child",
+                "bash", "-e", str(script),
             ],
             stdin=subprocess.DEVNULL, stdout=self._output, stderr=subprocess.STDOUT,
         )  # fmt: skip

@@ -21,7 +21,10 @@ OF_THE_CHART = {
         "tls_client_ca", "tokens_file", "insecure_listen", "insecure_ray", "ray_address",
         "ray_join", "drain_grace_s",
     },
-    "plan": {"inventory", "values"},
+    "plan": {
+        "model", "inventory", "values", "replicas", "live", "ray_address", "insecure_ray", "device",
+        "cpu_budget", "block_size", "max_batch_tokens", "head_format", "embedding_place",
+    },
 }  # fmt: skip
 """What the chart decides by values of its own, so that `serve`, `plan` and `quantize` may not."""
 TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}

@@ -36,7 +36,7 @@ BY_SCHEMA = {
     "models.mountPath": ("models", "mountPath"),
     "models.accessModes": ([], "accessModes"),
     "ray.version": ("2.60", "version"),
-    "reserve": ("loose", "reserve"),
+    "plan.reserve": ("loose", "reserve"),
     "deviceTypes.odd": ({"memory": "8GiB"}, "gb_per_s"),
     "monitoring.serviceMonitor.interval": ("often", "interval"),
     "fullnameOverride": ("a" * 41, "fullnameOverride"),
@@ -62,7 +62,7 @@ BY_TEMPLATE = {
     "pools.big.modelVolume": ({}, "there is no other volume"),
     "prepare.quantize.model": (None, "missing; what is to be quantised"),
     "prepare.quantize.out": ("/elsewhere/x", "/elsewhere/x; a directory under models.mountPath"),
-    "plan.model": (None, "cannot be read before the chart's own claim is there"),
+    "planCheck.model": (None, "cannot be read before the chart's own claim is there"),
 }
 """By path: a value that does not go with the others, and the reason that is given."""
 TOGETHER = {
@@ -85,7 +85,7 @@ def wrong(path):
         beside = NO_CLAIM
     if path.startswith("prepare."):
         beside = PREPARE
-    if path == "plan.model":
+    if path == "planCheck.model":
         return over(BASE, nested("serve.model", "/models/x"))
     if path == "pools":
         return {key: entry for key, entry in BASE.items() if key != "pools"}
@@ -114,6 +114,14 @@ def test_what_does_not_go_together_is_refused_by_path(path, tmp_path):
 
 def test_the_base_that_is_spoilt_is_good(tmp_path):
     assert run_helm(4, "template", BASE, tmp_path).returncode == 0
+
+
+def test_replicas_that_would_plan_for_the_same_devices_are_refused(tmp_path):
+    serve = {key: value for key, value in BASE["serve"].items() if key != "stages"}
+    one = {**BASE, "serve": serve}
+    assert run_helm(4, "template", one, tmp_path).returncode == 0
+    done = run_helm(4, "template", over(one, nested("gateway.replicas", 2)), tmp_path)
+    assert "gateway.replicas: 2 replicas need serve.stages" in done.stderr
 
 
 def test_everything_that_is_missing_is_said_at_once(tmp_path):

@@ -47,7 +47,7 @@ VALUES = {
     "prepare": {
         "prepare": {"enabled": True, "quantize": {"model": "a/b", "out": "/models/c"}},
         "serve": {"model": "/models/c"},
-        "plan": {"model": "bloom-176b"},
+        "planCheck": {"model": "bloom-176b"},
     },
     "hub token": {"hub": {"existingSecret": "hub", "endpoint": "https://hub.example.org"}},
     "no plan check": nested("planCheck.enabled", False),

@@ -39,7 +39,7 @@ VALUES = {
     },
     "deviceTypes": {"share": SHARE},
     "pools": {"cpu": {"nodes": 2, "devices": {"type": "share"}}},
-    "plan": {"model": "bloom-176b"},
+    "planCheck": {"model": "bloom-176b"},
     "ray": {"auth": {"existingSecret": "ray"}},
     "models": {"existingClaim": "models"},
     "gateway": {

@@ -57,7 +57,7 @@ pools.{{ $name }}: the name is too long; with that of the release it may have 50
 pools: some are of CPUs, some of GPUs; the stages of a replica are all of one kind
 {{- end }}
 {{- $devices := int (include "tightfit.devices" .) }}
-{{- $stages := int .Values.serve.stages }}
+{{- $stages := int (default 0 .Values.serve.stages) }}
 {{- $path := "gateway.replicas" }}
 {{- $most := int $g.replicas }}
 {{- if $g.autoscaling.enabled }}
@@ -72,6 +72,9 @@ gateway.autoscaling.prometheusAddress: missing; KEDA asks it for the length of t
 {{- end }}
 {{- if and .Values.pools (gt (mul $most $stages) $devices) }}
 {{ $path }}: {{ $most }} × serve.stages, {{ $stages }}, is more than the {{ $devices }} device(s) of all pools
+{{- end }}
+{{- if and (gt $most 1) (not $stages) }}
+{{ $path }}: {{ $most }} replicas need serve.stages; each would plan for the devices that it finds, and they find the same
 {{- end }}
 {{- end -}}
 
@@ -99,9 +102,9 @@ prepare.quantize.model: missing; what is to be quantised
 prepare.quantize.out: {{ default "missing" $v.prepare.quantize.out }}; a directory under models.mountPath, {{ $v.models.mountPath }}
 {{- end }}
 {{- end }}
-{{- $planned := default $model $v.plan.model }}
+{{- $planned := default $model $v.planCheck.model }}
 {{- if and $v.planCheck.enabled (hasPrefix "/" $planned) (not $v.models.existingClaim) }}
-plan.model: {{ $planned }} cannot be read before the chart's own claim is there; give the hub name or the name in configs/models that it was made from, or set planCheck.enabled to false
+planCheck.model: {{ $planned }} cannot be read before the chart's own claim is there; give the hub name or the name in configs/models that it was made from, or set planCheck.enabled to false
 {{- end }}
 {{- end -}}
 

@@ -12,8 +12,7 @@
   minReplicas: {{ $nodes }}
   maxReplicas: {{ $nodes }}
   rayStartParams:
-    {{- /* Ray counts one device and threads_per_stage CPUs for each stage. */}}
-    num-cpus: {{ mul $devices (int (default 1 $root.Values.serve.threads_per_stage)) | quote }}
+    {{- /* KubeRay adds num-cpus, from the container's limit. */}}
     num-gpus: {{ $gpus | quote }}
     node-manager-port: "6380"
     object-store-memory: "83886080"
