@@ -31,7 +31,7 @@ STOP_POLL_S = 0.2
 class StageActor:
     """One stage in a process of its own. Calls run on several threads: `run` holds one of them."""
 
-    def __init__(self, spec: StageSpec, run_dir: str, tcp_host: str | None) -> None:
+    def __init__(self, spec: StageSpec, run_dir: str, tcp: bool) -> None:
         self._spec = spec
         self._run_dir = run_dir
         self._node_id = ray.get_runtime_context().get_node_id()
@@ -49,7 +49,7 @@ class StageActor:
             run_dir=run_dir,
             name=f"stage-{spec.stage_index}-{os.getpid()}",
             node_id=self._node_id,
-            tcp_host=tcp_host,
+            tcp_host=ray.util.get_node_ip_address() if tcp else None,  # of this node
         )
 
     def endpoint(self) -> Endpoint:
