@@ -27,6 +27,7 @@ from tightfit.cluster.config import (
     quantize_config,
     read_config_file,
     serve_config,
+    start_plan_config,
     token_config,
 )
 from tightfit.cluster.errors import ConfigError, TightfitError
@@ -68,7 +69,10 @@ class _UsageError(ConfigError):
 
 def _serve(args: argparse.Namespace) -> int:
     try:
-        config = serve_config(_file(args), _flags(args, ServeConfig))
+        file = _file(args)
+        config = serve_config(file, _flags(args, ServeConfig))
+        is_planned = config.plan is None and config.stages is None
+        plan_config = start_plan_config(file, config) if is_planned else None
     except ConfigError as error:
         raise _UsageError(str(error)) from None
     logging.basicConfig(
@@ -81,7 +85,7 @@ def _serve(args: argparse.Namespace) -> int:
     ray_environment.prepare(is_private=config.ray_address is None)
     from tightfit.cluster.deployment import serve
 
-    return serve(config)
+    return serve(config, plan_config)
 
 
 def _quantize(args: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 import sys
 import threading
@@ -18,29 +19,25 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from tightfit.cluster.config import ServeConfig, split_address
+from tightfit.cluster.arrangement import Arrangement, arrange, arrange_early, compare
+from tightfit.cluster.config import PlanConfig, ServeConfig, split_address
 from tightfit.cluster.engine import Engine, ModelInfo
-from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.gateway.auth import GatewaySecurity
 from tightfit.cluster.gateway.server import GatewayServer
-from tightfit.cluster.launch import (
-    ModelDescription,
-    RayOptions,
-    RaySession,
-    StageGroup,
-    describe_model,
-)
+from tightfit.cluster.launch import RayOptions, RaySession, StageGroup
+from tightfit.cluster.live import Surroundings
 from tightfit.cluster.metrics import Metrics, MetricsServer
+from tightfit.cluster.model import ModelDescription, describe_model
 from tightfit.cluster.pipeline import LinkedStages, Pipeline
-from tightfit.cluster.planning.memory import plan_stages
+from tightfit.cluster.placement import Placement
 from tightfit.cluster.progress import LoadView
+from tightfit.cluster.replanning import PlanWatch, better_plan
 from tightfit.cluster.scheduling.batching import Scheduler, SchedulerConfig
 from tightfit.cluster.security.audit import STANDARD_ERROR, AuditLog
 from tightfit.cluster.security.store import TokenStore
 from tightfit.cluster.security.tls import ServerTls
 from tightfit.cluster.tokenizer import Tokenizer, load_tokenizer
-from tightfit.workers.api import LoadProgress, StageSpec, StageStatus
-from tightfit.workers.model_formats import ModelFormats, model_formats
+from tightfit.workers.api import LoadProgress, StageStatus
 from tightfit.workers.shard_bytes import format_label
 
 log = logging.getLogger(__name__)
@@ -60,74 +57,15 @@ class Replica:
     statuses: tuple[StageStatus, ...]
 
 
-def chosen_formats(config: ServeConfig, model: ModelDescription) -> ModelFormats:
-    """The formats of the model's parts.
-
-    Raises:
-        ConfigError: they do not go together.
-    """
-    try:
-        return model_formats(
-            model.config,
-            config.format,
-            head=config.head_format,
-            kv=config.kv_format,
-            embedding_place=config.embedding_place,
-            outlier_threshold=config.llm_int8_threshold,
-            device=config.device,
-        )
-    except ValueError as error:
-        raise ConfigError(f"head_format: {error}") from error
-
-
-def stage_specs(config: ServeConfig, model: ModelDescription) -> list[StageSpec]:
-    """The stages, layers split by bytes.
-
-    Raises:
-        ConfigError: formats that do not go together.
-        PlacementError: more stages than layers, or a shard over its budget.
-    """
-    ranges = plan_stages(
-        model.config,
-        chosen_formats(config, model),
-        num_stages=config.stages,
-        budget_bytes=config.memory_budget_bytes,
-        kv_blocks=config.kv_blocks,
-        block_size=config.block_size,
-        max_batch_tokens=config.max_batch_tokens,
-        balance=config.balance,
-    )
-    return [
-        StageSpec(
-            model_path=str(model.path),
-            stage_index=index,
-            num_stages=len(ranges),
-            first_layer=first,
-            end_layer=end,
-            format=config.format,
-            head_format=config.head_format,
-            kv_format=config.kv_format,
-            embedding_place=config.embedding_place,
-            llm_int8_threshold=config.llm_int8_threshold,
-            device=config.device,
-            memory_budget_bytes=config.memory_budget_bytes,
-            block_size=config.block_size,
-            num_kv_blocks=config.kv_blocks,
-            max_kv_blocks=config.max_kv_blocks,
-            max_batch_tokens=config.max_batch_tokens,
-            num_threads=config.threads_per_stage,
-        )
-        for index, (first, end) in enumerate(ranges)
-    ]
-
-
 def ray_options(config: ServeConfig) -> RayOptions:
-    """How to reach, or start, Ray."""
+    """How to reach, or start, Ray. A private cluster gives out this machine's cores, and more where
+    more are asked for."""
+    threads = config.threads_per_stage or 1
+    cores = len(os.sched_getaffinity(0))
     return RayOptions(
         address=config.ray_address,
-        num_cpus=config.stages * config.threads_per_stage,
-        threads_per_stage=config.threads_per_stage,
-        gpus_per_stage=1 if config.device == "cuda" else 0,
+        num_cpus=max(cores, (config.stages or 1) * threads),
+        threads_per_stage=threads,
         strategy=config.ray_strategy,
         placement_timeout_s=config.placement_timeout_s,
         insecure=config.insecure_ray,
@@ -161,15 +99,15 @@ def gateway_security(config: ServeConfig) -> GatewaySecurity:
 
 def start_replica(
     session: RaySession,
-    config: ServeConfig,
-    specs: list[StageSpec],
+    arrangement: Arrangement,
     on_lost: Callable[[str], None],
     cleanup: ExitStack,
     *,
     check: Callable[[], None],
 ) -> Replica:
     """Place, load and wire the stages; `cleanup` ends them, `check` may raise to end the load."""
-    group = StageGroup(session, specs, on_lost=on_lost)
+    specs = arrangement.specs
+    group = StageGroup(session, specs, places=arrangement.places, on_lost=on_lost)
     cleanup.callback(group.close)
     group.place()
     labels = [f"stage {spec.stage_index}" for spec in specs]
@@ -179,18 +117,22 @@ def start_replica(
             check()
             view.update(labels[index], progress)
 
-        statuses = group.load(timeout_s=config.load_timeout_s, progress=report)
+        timeout_s = arrangement.config.load_timeout_s
+        statuses = group.load(timeout_s=timeout_s, progress=report)
+    for line in compare(arrangement, statuses):
+        print(line, file=sys.stderr)
     return Replica(group=group, links=group.connect(epoch=FIRST_EPOCH), statuses=tuple(statuses))
 
 
 def make_engine(
-    config: ServeConfig,
+    placement: Placement,
     model: ModelDescription,
     replica: Replica,
     tokenizer: Tokenizer,
     metrics: Metrics,
 ) -> Engine:
     """The engine of a loaded replica; not started."""
+    config, num_stages = placement.config, len(placement.specs)
     # A block id means the same on every stage: the smallest cache decides.
     num_blocks = min(status.memory.num_kv_blocks for status in replica.statuses)
     limit = min(config.max_context or model.config.max_position, model.config.max_position)
@@ -205,12 +147,12 @@ def make_engine(
             max_queued_tokens=config.max_queued_tokens,
             max_context_tokens=limit,
             vocab_size=model.config.vocab_size,
-            num_stages=config.stages,
+            num_stages=num_stages,
             eos_token_ids=eos,
             enable_prefix_cache=config.prefix_cache,
         )
     )
-    pipeline = Pipeline(replica.links, max_in_flight=config.stages)
+    pipeline = Pipeline(replica.links, max_in_flight=num_stages)
     pipeline.begin_epoch(FIRST_EPOCH)
     metrics.set_stages(replica.statuses)
     return Engine(
@@ -222,17 +164,21 @@ def make_engine(
             num_layers=model.config.num_layers,
             vocab_size=model.config.vocab_size,
             max_context_tokens=scheduler.config.max_context,
-            weight_format=format_label(model.config, chosen_formats(config, model)),
+            weight_format=format_label(model.config, placement.formats),
             eos_token_ids=eos,
-            num_stages=config.stages,
+            num_stages=num_stages,
         ),
         metrics=metrics,
         stage_statuses=replica.group.statuses,
     )
 
 
-def serve(config: ServeConfig) -> int:
+def serve(config: ServeConfig, plan_config: PlanConfig | None = None) -> int:
     """Serve until SIGTERM (running streams finish first) or SIGINT; returns the exit code.
+
+    Args:
+        config: of the service.
+        plan_config: how to plan, where neither a plan nor a number of stages is given.
 
     Raises:
         TightfitError, WorkerError: it could not start, or the pipeline was lost; everything that
@@ -243,24 +189,33 @@ def serve(config: ServeConfig) -> int:
     with ExitStack() as cleanup, Interrupts() as interrupts:
         security = gateway_security(config)
         model = describe_model(config.model)
-        _announce(config, model)
-        specs = stage_specs(config, model)
+        early = arrange_early(config, model)
         loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
         cleanup.callback(loader.shutdown, wait=False, cancel_futures=True)
         tokenizer = loader.submit(
             load_tokenizer, model.path, eos_token_ids=model.config.eos_token_ids
         )
-        registry = CollectorRegistry()
-        metrics = Metrics(registry, num_stages=len(specs))
-        session = RaySession(ray_options(config))
+        session = RaySession(ray_options(config if early is None else early.config))
         cleanup.callback(session.close)
+        interrupts.check()
+        arrangement = arrange(session, config, model, early, plan_config)
+        budget, placement, config = (
+            config.memory_budget_bytes,
+            arrangement.placement,
+            arrangement.config,
+        )
+        _announce(placement, model)
+        registry = CollectorRegistry()
+        metrics = Metrics(registry, num_stages=len(arrangement.specs))
         lost = LostStage()
         interrupts.check()
-        replica = start_replica(
-            session, config, specs, lost.report, cleanup, check=interrupts.check
-        )
-        engine = make_engine(config, model, replica, tokenizer.result(), metrics)
+        replica = start_replica(session, arrangement, lost.report, cleanup, check=interrupts.check)
+        engine = make_engine(placement, model, replica, tokenizer.result(), metrics)
         lost.tell(engine.fail)
+        watch = watch_plan(arrangement, engine, cpu_budget_bytes=budget)
+        if watch is not None:
+            watch.start()
+            cleanup.callback(watch.close)
         if config.metrics_listen is not None:
             host, port = split_address(config.metrics_listen)
             cleanup.callback(MetricsServer(registry, host, port).close)
@@ -269,6 +224,33 @@ def serve(config: ServeConfig) -> int:
         return asyncio.run(
             _serve(config, engine, tokenizer.result(), metrics, security, interrupts)
         )
+
+
+def watch_plan(
+    arrangement: Arrangement, engine: Engine, *, cpu_budget_bytes: int | None
+) -> PlanWatch | None:
+    """Looks for a better plan while the engine serves; None where there is no plan, or it is not
+    wanted. Not started."""
+    plan, request, config = arrangement.placement.plan, arrangement.request, arrangement.config
+    if plan is None or request is None or config.replan_interval_s == 0:
+        return None
+    around = Surroundings(
+        plan,
+        request.inventory.devices,
+        arrangement.places,
+        cpu_budget_bytes=cpu_budget_bytes,
+    )
+
+    def look() -> str | None:
+        inventory = around.inventory()
+        return better_plan(request, plan, inventory, max_kv_blocks=config.max_kv_blocks)
+
+    def tell(news: str | None) -> None:
+        engine.better_plan = news or ""
+        if news is not None:
+            print(f"a better plan has become possible: {news}; a restart takes it", file=sys.stderr)
+
+    return PlanWatch(look, config.replan_interval_s, tell)
 
 
 class LostStage:
@@ -296,14 +278,14 @@ class LostStage:
             listener(reason)
 
 
-def _announce(config: ServeConfig, model: ModelDescription) -> None:
-    formats = chosen_formats(config, model)
+def _announce(placement: Placement, model: ModelDescription) -> None:
+    config, formats = placement.config, placement.formats
     source = model.source_format + (", its numbers as stored" if formats.stored else "")
     keys = "" if formats.kv == formats.activations else f" with keys and values in {formats.kv}"
     fmt = format_label(model.config, formats)
     print(
         f"{config.model_name}: {model.config.family}, {model.config.num_layers} layers, from "
-        f"{source}, as {fmt}{keys} on {config.stages} stage(s)",
+        f"{source}, as {fmt}{keys} on {len(placement.specs)} stage(s)",
         file=sys.stderr,
     )
     for note in model.config.notes:

@@ -13,24 +13,19 @@ from pathlib import Path
 from tightfit.cluster.config import PlanConfig
 from tightfit.cluster.errors import ConfigError, PlacementError
 from tightfit.cluster.hub import download_config, parse_hub_name
+from tightfit.cluster.planning.ask import plan_request
 from tightfit.cluster.planning.assembly import make_plan
 from tightfit.cluster.planning.explain import explain, why_not
 from tightfit.cluster.planning.inventory import CONFIGS, Inventory, read_inventory
-from tightfit.cluster.planning.memory import Reserve
 from tightfit.cluster.planning.picture import picture
-from tightfit.cluster.planning.plan import dump_plan
+from tightfit.cluster.planning.plan import Plan, dump_plan
 from tightfit.cluster.planning.planner import solve
-from tightfit.cluster.planning.pools import Objective
-from tightfit.cluster.planning.report import report
-from tightfit.cluster.planning.request import PlanRequest, Spare
-from tightfit.cluster.planning.sensitive import with_best_mix
+from tightfit.cluster.planning.replicas import make_replicas
+from tightfit.cluster.planning.report import replica_lines, report
+from tightfit.cluster.planning.request import PlanRequest
 from tightfit.cluster.settings import as_mapping, read_yaml
-from tightfit.kernels.formats import Format
+from tightfit.cluster.simulation import Load, Simulation, Spread, simulate_plan
 from tightfit.workers.decoder_config import decoder_config
-from tightfit.workers.model_formats import AUTO
-from tightfit.workers.sensitivity import load_sensitivities
-
-DEFAULT_CONTEXT = 2048
 
 
 def plan(config: PlanConfig, *, output: str) -> int:
@@ -44,19 +39,28 @@ def plan(config: PlanConfig, *, output: str) -> int:
         ConfigError: the model's config or the inventory cannot be used.
         PlacementError: the model does not fit; says what lacks and what would do.
     """
-    request = plan_request(config)
+    if config.simulate is not None and output not in ("table", "json"):
+        raise ConfigError(f"plan.simulate goes with the table and --json, not with --{output}")
+    model = decoder_config(read_model_config(config.model))
+    request = plan_request(config, model, _inventory(config))
     name = _model_name(config.model)
     solution = solve(request)
     if solution is None:
         raise PlacementError(why_not(name, request))
     found = make_plan(name, request, solution)
+    replicas = None
+    if config.num_replicas != 1:
+        replicas = make_replicas(name, request, config.num_replicas, solution)
+        found = replicas.plans[0]
+    plans = (found,) if replicas is None else replicas.plans
     if output == "yaml":
-        print(dump_plan(found), end="")
+        print("---\n".join(dump_plan(plan) for plan in plans), end="")
         return 0
     if output == "svg":
-        print(picture(found), end="")
+        print(picture(*plans), end="")
         return 0
     explanation = explain(request, solution, found)
+    simulation = _simulation(config, request, found)
     if output == "json":
         tree = {
             "plan": dataclasses.asdict(found),
@@ -67,46 +71,40 @@ def plan(config: PlanConfig, *, output: str) -> int:
             "token_s": found.token_s,
             "tokens_per_s": found.tokens_per_s,
             "prefill_tokens_per_s": found.prefill_tokens_per_s,
+            "replicas": None if replicas is None else dataclasses.asdict(replicas),
+            "simulation": None if simulation is None else dataclasses.asdict(simulation),
         }
         print(json.dumps(tree, indent=1))
     else:
         print(report(request, found, explanation))
+        if replicas is not None:
+            print(replica_lines(replicas))
+        if simulation is not None:
+            print(simulation_line(simulation))
     return 0
 
 
-def plan_request(config: PlanConfig) -> PlanRequest:
-    """What the planner is asked.
+def _simulation(config: PlanConfig, request: PlanRequest, found: Plan) -> Simulation | None:
+    if config.load is None:
+        return None
+    load = Load(**config.load)
+    return simulate_plan(found, load, max_context_tokens=request.model.max_position)
 
-    Raises:
-        ConfigError, PlacementError: see `plan`.
-    """
-    model = decoder_config(read_model_config(config.model))
-    places = ("host", "device") if config.embedding_place == AUTO else (config.embedding_place,)
-    default = (AUTO,) if model.stored is not None else (str(Format.INT4), str(Format.INT8))
-    request = PlanRequest(
-        model=model,
-        inventory=_inventory(config),
-        sequences=config.sequences,
-        context=config.context or min(DEFAULT_CONTEXT, model.max_position),
-        formats=config.format_names or default,
-        is_mixed=config.mixed,
-        head_format=config.head_format,
-        kv_formats=config.kv_format_names,
-        embedding_places=places,
-        min_bits=config.min_bits,
-        spare=Spare(config.spare),
-        objective=Objective(config.objective),
-        max_devices=config.max_devices,
-        max_dollars=config.max_cost,
-        exclude=config.excluded,
-        same_node=config.same_node,
-        pins=config.pinned,
-        block_size=config.block_size,
-        max_batch_tokens=config.max_batch_tokens,
+
+def simulation_line(simulation: Simulation) -> str:
+    """For people, as the other lines of the table."""
+    load, ttft, itl = simulation.load, simulation.ttft, simulation.itl
+    number = f"{load.requests:,} requests on " if load.requests != load.streams else ""
+    busy = ", ".join(f"{100 * share:.0f} %" for share in simulation.busy)
+    return (
+        f"simulated      {number}{load.streams:,} streams of {load.prompt:,} + {load.output:,} "
+        f"tokens: {simulation.tokens_per_s:,.1f} tokens/s; first token after {_ms(ttft)}, then one "
+        f"every {_ms(itl)}; stages busy {busy}"
     )
-    if config.sensitivity is None:
-        return request
-    return with_best_mix(request, load_sensitivities(Path(config.sensitivity)), config.max_loss)
+
+
+def _ms(times: Spread) -> str:
+    return f"{1000 * times.mean_s:,.1f} ms (p99 {1000 * times.p99_s:,.1f})"
 
 
 def read_model_config(model: str) -> Mapping[str, object]:
@@ -151,6 +149,9 @@ def _model_name(model: str) -> str:
 
 
 def _inventory(config: PlanConfig) -> Inventory:
+    """The devices that the plan may use: listed in a file, or measured."""
+    if config.live:
+        return _measured(config)
     name = config.inventory or ""
     path = Path(name).expanduser()
     shipped = CONFIGS / "inventories" / f"{name}.yaml"
@@ -159,7 +160,24 @@ def _inventory(config: PlanConfig) -> Inventory:
     if not path.exists():
         known = ", ".join(sorted(file.stem for file in shipped.parent.glob("*.yaml")))
         raise ConfigError(f"{name}: no such inventory; those that come with Tightfit: {known}")
-    inventory = read_inventory(path)
-    if config.reserve is None:
-        return inventory
-    return dataclasses.replace(inventory, reserve=Reserve(config.reserve))
+    return read_inventory(path)
+
+
+def _measured(config: PlanConfig) -> Inventory:
+    """Imports torch, or Ray, only now: planning by a file needs neither."""
+    from tightfit.cluster.live import live_inventory, probe_here
+
+    if config.ray_address is None:
+        probes, between = [probe_here(config.device)], None
+    else:
+        from tightfit.cluster import ray_environment
+
+        ray_environment.prepare(is_private=False)
+        from tightfit.cluster.launch import probe_cluster
+
+        probes, between = probe_cluster(
+            config.ray_address, config.device, insecure=config.insecure_ray
+        )
+    return live_inventory(
+        probes, config.device, between=between, cpu_budget_bytes=config.cpu_budget_bytes
+    )

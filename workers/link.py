@@ -234,7 +234,7 @@ class Sender:
         except zmq.Again as error:
             raise LinkError("the neighbour has taken no message for 10 s") from error
 
-    def close(self) -> None:
-        """Close the socket; messages not yet sent are lost."""
-        self._socket.close(linger=0)
+    def close(self, linger_s: float = 0) -> None:
+        """Close the socket; messages not yet sent after `linger_s` are lost."""
+        self._socket.close(linger=round(1000 * linger_s))
         self._context.term()

@@ -58,12 +58,24 @@ class ServeConfig:
     embedding_place: Annotated[
         str,
         Option(
-            "Where the embedding's table is: device (in the first stage's memory), or host (in the "
-            "checkpoint's file, of which a step reads the rows that it needs).",
-            choices=("device", "host"),
+            "Where the embedding's table is: device (in the first stage's memory), host (in the "
+            "checkpoint's file, of which a step reads the rows that it needs), or auto: as the "
+            "plan says, else device.",
+            choices=(AUTO, "device", "host"),
         ),
-    ] = "device"
-    stages: Annotated[int, Option("Pipeline stages.", at_least=1)] = 1
+    ] = AUTO
+    plan: Annotated[
+        str | None,
+        Option(
+            "File that `tightfit plan --yaml` wrote, which says what each device holds; default: "
+            "stages, or a plan for the devices that are measured at the start, with the settings "
+            "of the configuration file's section plan."
+        ),
+    ] = None
+    stages: Annotated[
+        int | None,
+        Option("Pipeline stages, on devices that Ray chooses, instead of a plan.", at_least=1),
+    ] = None
     balance: Annotated[
         str,
         Option(
@@ -74,8 +86,11 @@ class ServeConfig:
     ] = "memory"
     device: Annotated[
         str,
-        Option("Kind of device of every stage; cuda: one GPU each.", choices=("cpu", "cuda")),
-    ] = "cpu"
+        Option(
+            "Kind of device of every stage; cuda: one GPU each; auto: cuda where there are GPUs.",
+            choices=(AUTO, "cpu", "cuda"),
+        ),
+    ] = AUTO
     listen: Annotated[
         str,
         Option("host:port of the gRPC gateway; port 0 takes a free one.", check=split_address),
@@ -84,6 +99,14 @@ class ServeConfig:
         str | None,
         Option("host:port for Prometheus to scrape; default: none.", check=split_address),
     ] = None
+    replan_interval_s: Annotated[
+        float,
+        Option(
+            "Seconds from one look for a better plan, as when a node has joined, to the next; it "
+            "is only told, not taken. 0: never.",
+            at_least=0,
+        ),
+    ] = 300.0
     health_listen: Annotated[
         str | None,
         Option(
@@ -146,17 +169,18 @@ class ServeConfig:
     ] = 60.0
     load_timeout_s: Annotated[float, Option("Seconds that loading may take.", at_least=1)] = 1800.0
     threads_per_stage: Annotated[
-        int,
+        int | None,
         Option(
-            "CPU threads of each stage; default: this machine's cores divided among the stages.",
+            "CPU threads of each stage; default: the cores of a node divided among its stages, and "
+            "with stages on a cluster one.",
             at_least=1,
         ),
-    ] = 1
+    ] = None
     memory_budget_bytes: Annotated[
         int | None,
         Option(
-            "Most memory of each stage for weights, KV cache and workspace, such as 4GiB; "
-            "default: no limit.",
+            "Most memory of each stage for weights, KV cache and workspace, such as 4GiB; where "
+            "it is planned, of each host. Default: no limit, or what is free.",
             key="memory_budget",
             at_least=1,
             is_size=True,
@@ -196,6 +220,8 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         """Raises ConfigError where settings do not go together."""
+        if self.plan is not None and self.stages is not None:
+            raise ConfigError("serve.plan and serve.stages exclude each other: give one of them")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("serve.tls_cert and serve.tls_key go together: give both")
         if self.tls_client_ca is not None and self.tls_cert is None:

@@ -86,6 +86,10 @@ class PlanRequest:
         """KV blocks of the workload."""
         return self.sequences * -(-self.context // self.block_size)
 
+    def step_tokens(self, num_stages: int) -> int:
+        """Of the workload's sequences, those of one micro-batch, when all stages have one."""
+        return -(-self.sequences // min(num_stages, self.sequences))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Level:
@@ -138,6 +142,7 @@ def layer_formats(request: PlanRequest, variant: Variant, layers: str, kind: str
     return ModelFormats(
         layers=formats.layers,
         anew=formats.anew,
+        anew_by_layer=formats.anew_by_layer,
         head=formats.head,
         kv=formats.kv,
         group_size=group_size,

@@ -10,6 +10,8 @@ import msgspec
 from tightfit.kernels.formats import Format
 from tightfit.workers.errors import ProbeError
 
+SMALL_BYTES: Final = 28 * 2**10
+"""One token's hidden state of BLOOM-176B: the message that a link's latency is measured with."""
 VERSION: Final = 1
 
 
@@ -22,6 +24,23 @@ class DeviceMemory:
     """What may be taken now, with a live context: what other processes hold is not in it."""
     bound_by: str
     """What sets `free_bytes`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PresentDevice:
+    """A device that is there, and its memory at one moment."""
+
+    device: str
+    """torch's name: `cpu` or `cuda:N`."""
+    uuid: str | None
+    """Of a GPU."""
+    total_bytes: int
+    free_bytes: int
+
+    @property
+    def kind(self) -> str:
+        """`gpu` or `cpu`."""
+        return "cpu" if self.device == "cpu" else "gpu"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +98,12 @@ class LinkRate:
     """`cpu` or `cuda:N`. From cpu to cpu: one process to another over ZeroMQ on this host."""
     bytes_per_s: float
     latency_s: float
-    """Until 28 KiB have arrived: one token's hidden state of BLOOM-176B."""
+    """Until `SMALL_BYTES` have arrived."""
+
+    @property
+    def empty_latency_s(self) -> float:
+        """The same, less what so many bytes take."""
+        return max(0.0, self.latency_s - SMALL_BYTES / self.bytes_per_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
