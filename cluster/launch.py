@@ -397,9 +397,11 @@ class StageGroup:
         endpoints = [
             self._result(actor.endpoint.remote(), index) for index, actor in enumerate(self._actors)
         ]
-        for index, onward in enumerate([*endpoints[1:], ours.endpoint]):
-            self._result(self._actors[index].connect.remote(onward, epoch), index)
-        ours.connect(endpoints[0])
+        onwards, upstreams = [*endpoints[1:], ours.endpoint], [ours.endpoint, *endpoints[:-1]]
+        for index, (onward, upstream) in enumerate(zip(onwards, upstreams, strict=True)):
+            wired = self._actors[index].connect.remote(onward, epoch, upstream.public_key)
+            self._result(wired, index)
+        ours.connect(endpoints[0], last_key=endpoints[-1].public_key)
         self._runs = [actor.run.remote() for actor in self._actors]
         self._watcher = threading.Thread(target=self._watch, name="stage-watch", daemon=True)
         self._watcher.start()

@@ -146,7 +146,7 @@ def _read_json(path: Path) -> object:
     """Not as YAML, for which 1e-05 is text."""
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
 
 

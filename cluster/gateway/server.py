@@ -35,9 +35,10 @@ OPTIONS = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_ping_strikes", 3),
+    ("grpc.server_handshake_timeout_ms", 10_000),  # for TLS, and for HTTP/2's first frames
     ("grpc.so_reuseport", 0),  # a second service on the port is an error, not a coin toss
 )
-HEALTH_OPTIONS = (*OPTIONS[1:], ("grpc.max_receive_message_length", 4096))
+HEALTH_OPTIONS = (("grpc.max_receive_message_length", 4096), *OPTIONS[1:])
 MAX_PROBES = 64
 """Health checks and watches at once on the port for them."""
 

@@ -11,7 +11,7 @@ import sys
 
 import tightfit.cluster.ray_environment as ray_environment
 
-ray_environment.prepare(is_private=False)
+ray_environment.prepare(is_private=True)  # the cluster is this process's, and has its token
 
 import ray  # noqa: E402
 from prometheus_client import CollectorRegistry  # noqa: E402

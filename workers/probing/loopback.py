@@ -11,6 +11,7 @@ from typing import Final
 from tightfit.workers.api import MicroBatch
 from tightfit.workers.errors import LinkError
 from tightfit.workers.link import Endpoint, Receiver, Sender, StepMessage
+from tightfit.workers.link_keys import LinkKeys
 from tightfit.workers.probing.result import SMALL_BYTES, LinkRate
 
 LARGE_BYTES: Final = 4 * 2**20
@@ -32,12 +33,14 @@ class LinkEnd:
     def __init__(self, name: str, node_id: str, tcp_host: str | None = None) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="tightfit-")
         self._node_id = node_id
+        self._keys = LinkKeys.new()
         self._receiver = Receiver(
             StepMessage,
             run_dir=self._directory.name,
             name=name,
             node_id=node_id,
             tcp_host=tcp_host,
+            keys=self._keys,
         )
 
     def endpoint(self) -> Endpoint:
@@ -46,7 +49,7 @@ class LinkEnd:
 
     def echo(self, other: Endpoint) -> None:
         """Send everything back until an empty message comes, or none for 5 s."""
-        sender = Sender(other, node_id=self._node_id)
+        sender = self._sender_to(other)
         try:
             while (received := self._receiver.receive(TIMEOUT_S)) is not None and received[1]:
                 sender.send(*received)
@@ -60,7 +63,7 @@ class LinkEnd:
         Raises:
             LinkError: a message has not come back for 5 s.
         """
-        sender = Sender(other, node_id=self._node_id)
+        sender = self._sender_to(other)
         try:
             small_s = self._one_way_s(sender, SMALL_BYTES)
             large_s = self._one_way_s(sender, LARGE_BYTES)
@@ -71,6 +74,11 @@ class LinkEnd:
         return LinkRate(
             source=source, target=target, bytes_per_s=LARGE_BYTES / large_s, latency_s=small_s
         )
+
+    def _sender_to(self, other: Endpoint) -> Sender:
+        """To the other end, which alone is heard from now on."""
+        self._receiver.admit(other.public_key)
+        return Sender(other, node_id=self._node_id, keys=self._keys)
 
     def _one_way_s(self, sender: Sender, num_bytes: int) -> float:
         payload, message = bytes(num_bytes), _message()
