@@ -161,6 +161,13 @@ class ServeConfig:
         str | None,
         Option('Ray cluster to join: "auto" or host:port; default: a private one, here.'),
     ] = None
+    ray_join: Annotated[
+        bool,
+        Option(
+            "Make this machine a node of the cluster at ray_address first, one without room for "
+            "stages; it leaves again at the end."
+        ),
+    ] = False
     ray_strategy: Annotated[
         str, Option("How Ray places stages on nodes.", choices=PLACEMENT_STRATEGIES)
     ] = "PACK"
