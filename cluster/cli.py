@@ -20,6 +20,7 @@ from tightfit.cluster.config import (
     ProbeConfig,
     QuantizeConfig,
     ServeConfig,
+    TokenConfig,
     client_config,
     plan_config,
     probe_config,
@@ -27,12 +28,13 @@ from tightfit.cluster.config import (
     read_config_file,
     serve_config,
     start_plan_config,
+    token_config,
 )
 from tightfit.cluster.errors import ConfigError, TightfitError
 from tightfit.cluster.settings import Setting, settings
 from tightfit.workers.errors import WorkerError
 
-Section = type[ServeConfig | ClientConfig | QuantizeConfig | PlanConfig | ProbeConfig]
+Section = type[ServeConfig | ClientConfig | QuantizeConfig | PlanConfig | ProbeConfig | TokenConfig]
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -116,6 +118,13 @@ def _plan(args: argparse.Namespace) -> int:
     return plan(config, output=args.output)
 
 
+def _fetch(args: argparse.Namespace) -> int:
+    from tightfit.cluster.hub import resolve_model
+
+    print(resolve_model(args.model))
+    return OK
+
+
 def _generate(args: argparse.Namespace) -> int:
     config = _client(args)
     from tightfit.cluster.cli_client import generate
@@ -135,6 +144,20 @@ def _drain(args: argparse.Namespace) -> int:
     from tightfit.cluster.cli_client import drain
 
     return drain(config)
+
+
+def _token(args: argparse.Namespace) -> int:
+    try:
+        config = token_config(_file(args), _flags(args, TokenConfig))
+    except ConfigError as error:
+        raise _UsageError(str(error)) from None
+    from tightfit.cluster import token_command
+
+    if args.action == "create":
+        return token_command.create(config, args.name)
+    if args.action == "revoke":
+        return token_command.revoke(config, args.name)
+    return token_command.show(config, as_json=args.json)
 
 
 def _client(args: argparse.Namespace) -> ClientConfig:
@@ -224,6 +247,14 @@ def build_parser() -> argparse.ArgumentParser:
         )  # fmt: skip
     plan.set_defaults(run=_plan)
 
+    fetch = commands.add_parser(
+        "fetch", help="bring a model from its hub into this node's cache, and print where it lies"
+    )
+    fetch.add_argument(
+        "model", metavar="MODEL", help="hub name (org/name), or a path, which is kept"
+    )
+    fetch.set_defaults(run=_fetch)
+
     generate = commands.add_parser("generate", help="stream the answer of a running service")
     generate.add_argument("prompt", metavar="PROMPT", help='the prompt; "-" reads standard input')
     _add_config(generate, ClientConfig)
@@ -239,9 +270,25 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config(drain, ClientConfig)
     drain.set_defaults(run=_drain)
 
+    _add_token(commands.add_parser("token", help="make, list and revoke callers' tokens"))
+
     bench = commands.add_parser("bench", help="measure a running service: `tightfit bench serve`")
     bench.add_argument("what", choices=["serve"], help="see `tightfit bench serve --help`")
     return parser
+
+
+def _add_token(parser: argparse.ArgumentParser) -> None:
+    """`tightfit token create NAME`, `list`, `revoke NAME`."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    create = actions.add_parser("create", help="add a token, and print it this once")
+    revoke = actions.add_parser("revoke", help="remove a token: services refuse it within seconds")
+    show = actions.add_parser("list", help="show names, roles and limits")
+    for action in (create, revoke):
+        action.add_argument("name", metavar="NAME", help="whose it is, in logs and in the list")
+    for action in (create, revoke, show):
+        _add_config(action, TokenConfig)
+        action.set_defaults(run=_token)
+    show.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_config(parser: argparse.ArgumentParser, section: Section) -> None:

@@ -15,12 +15,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
 from tightfit.cluster.arrangement import Arrangement, arrange, arrange_early, compare
 from tightfit.cluster.config import PlanConfig, ServeConfig, split_address
 from tightfit.cluster.engine import Engine, ModelInfo
+from tightfit.cluster.gateway.auth import GatewaySecurity
 from tightfit.cluster.gateway.server import GatewayServer
 from tightfit.cluster.launch import RayOptions, RaySession, StageGroup
 from tightfit.cluster.live import Surroundings
@@ -31,6 +33,9 @@ from tightfit.cluster.placement import Placement
 from tightfit.cluster.progress import LoadView
 from tightfit.cluster.replanning import PlanWatch, better_plan
 from tightfit.cluster.scheduling.batching import Scheduler, SchedulerConfig
+from tightfit.cluster.security.audit import STANDARD_ERROR, AuditLog
+from tightfit.cluster.security.store import TokenStore
+from tightfit.cluster.security.tls import ServerTls
 from tightfit.cluster.tokenizer import Tokenizer, load_tokenizer
 from tightfit.workers.api import LoadProgress, StageStatus
 from tightfit.workers.shard_bytes import format_label
@@ -59,11 +64,38 @@ def ray_options(config: ServeConfig) -> RayOptions:
     cores = len(os.sched_getaffinity(0))
     return RayOptions(
         address=config.ray_address,
+        adds_node=config.ray_join,
         num_cpus=max(cores, (config.stages or 1) * threads),
         threads_per_stage=threads,
         strategy=config.ray_strategy,
         placement_timeout_s=config.placement_timeout_s,
+        insecure=config.insecure_ray,
     )
+
+
+def gateway_security(config: ServeConfig) -> GatewaySecurity:
+    """What the gateway asks of callers.
+
+    Raises:
+        ConfigError: a file of it cannot be used.
+    """
+    client_ca = Path(config.tls_client_ca) if config.tls_client_ca is not None else None
+    credentials = None
+    if config.tls_cert is not None and config.tls_key is not None:
+        credentials = ServerTls(
+            Path(config.tls_cert), Path(config.tls_key), client_ca
+        ).credentials()
+    tokens = TokenStore(Path(config.tokens_file)) if config.tokens_file is not None else None
+    target = config.audit_log or (STANDARD_ERROR if config.has_authentication else None)
+    audit = AuditLog(target) if target is not None else None
+    if config.insecure_listen and (credentials is None or not config.has_authentication):
+        log.warning(
+            "insecure_listen: %s asks for %s and %s",
+            config.listen,
+            "no encryption" if credentials is None else "encryption",
+            "no authentication" if not config.has_authentication else "authentication",
+        )
+    return GatewaySecurity(credentials=credentials, tokens=tokens, audit=audit)
 
 
 def start_replica(
@@ -156,6 +188,7 @@ def serve(config: ServeConfig, plan_config: PlanConfig | None = None) -> int:
     """
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with ExitStack() as cleanup, Interrupts() as interrupts:
+        security = gateway_security(config)
         model = describe_model(config.model)
         early = arrange_early(config, model)
         loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
@@ -189,7 +222,9 @@ def serve(config: ServeConfig, plan_config: PlanConfig | None = None) -> int:
             cleanup.callback(MetricsServer(registry, host, port).close)
         gc.collect()
         gc.freeze()  # nothing of the start-up is garbage later
-        return asyncio.run(_serve(config, engine, tokenizer.result(), metrics, interrupts))
+        return asyncio.run(
+            _serve(config, engine, tokenizer.result(), metrics, security, interrupts)
+        )
 
 
 def watch_plan(
@@ -294,6 +329,7 @@ async def _serve(
     engine: Engine,
     tokenizer: Tokenizer,
     metrics: Metrics,
+    security: GatewaySecurity,
     interrupts: Interrupts,
 ) -> int:
     """Answer until a signal or a drain ends it."""
@@ -302,10 +338,12 @@ async def _serve(
     loop.add_signal_handler(signal.SIGINT, stop.set)
     loop.add_signal_handler(signal.SIGTERM, drain.set)
     interrupts.check()
-    gateway = GatewayServer(engine, tokenizer, metrics)
+    gateway = GatewayServer(engine, tokenizer, metrics, security)
     host, port = split_address(config.listen)
     try:
         bound = await gateway.start(host, port)
+        if config.health_listen is not None:
+            await gateway.start_health(*split_address(config.health_listen))
         print(f"ready: {config.model_name} on {host}:{bound}", flush=True)
         waits = [
             asyncio.create_task(event.wait()) for event in (stop, drain, gateway.drain_requested)

@@ -19,14 +19,16 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tightfit.cluster.errors import ConfigError, PlacementError, UnavailableError
-from tightfit.cluster.nodes import alive_nodes, probe_nodes
+from tightfit.cluster.nodes import alive_nodes, probe_nodes, slowest_link
 from tightfit.cluster.pipeline import LinkedStages
 from tightfit.cluster.placement import Place
+from tightfit.cluster.ray_authentication import answers_anyone
+from tightfit.cluster.ray_node import OBJECT_STORE_BYTES, JoinedNode
 from tightfit.workers.actor import StageActor
 from tightfit.workers.api import LoadProgress, StageSpec, StageStatus
 from tightfit.workers.errors import WorkerError
 from tightfit.workers.model_formats import AUTO
-from tightfit.workers.probing.result import NodeProbe
+from tightfit.workers.probing.result import LinkRate, NodeProbe
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +36,6 @@ NODE_ID_LABEL = "ray.io/node-id"
 """That Ray gives each node."""
 CONTROL_TIMEOUT_S = 30.0
 PROGRESS_POLL_S = 0.25
-OBJECT_STORE_BYTES = 80 * 2**20
-"""Ray's least: no tensor ever goes through the object store."""
 SPIN_COUNT = 30_000
 """GOMP_SPINCOUNT of a stage: how often a waiting OpenMP thread looks before it sleeps. By libgomp's
 own default of 300,000 the threads of a finished forward hold their cores for about a millisecond,
@@ -51,6 +51,8 @@ class RayOptions:
 
     address: str | None = None
     """None: start a private one on this machine; "auto" or host:port: join."""
+    adds_node: bool = False
+    """Make this machine a node of the cluster at `address` first, one without room for stages."""
     num_cpus: int = 1
     """Logical CPUs of a private cluster."""
     threads_per_stage: int = 1
@@ -59,13 +61,15 @@ class RayOptions:
     """Ray's placement strategy for the stages: PACK, SPREAD, STRICT_PACK or STRICT_SPREAD."""
     placement_timeout_s: float = 60.0
     """How long to wait for the cluster to have room."""
+    insecure: bool = False
+    """Join a cluster that asks nobody for a token."""
 
 
 class RaySession:
     """A connection to Ray; when the cluster is private, the cluster itself.
 
     Raises:
-        ConfigError: the cluster at `address` cannot be reached.
+        ConfigError: the cluster at `address` cannot be reached, or asks nobody for a token.
     """
 
     def __init__(self, options: RayOptions) -> None:
@@ -73,6 +77,7 @@ class RaySession:
         self._was_connected = ray.is_initialized()
         self._temp_dir: str | None = None
         self._processes: list[psutil.Process] = []
+        self._node: JoinedNode | None = None
         if self._was_connected:
             return
         common: dict[str, Any] = {
@@ -82,14 +87,30 @@ class RaySession:
         }
         if options.address is None:
             self._start_private(common)
+        elif options.adds_node:
+            self._join(options.address, common)
         else:
             try:
                 ray.init(address=options.address, **common)
             except (ConnectionError, RuntimeError) as error:
                 raise ConfigError(
                     f"no Ray cluster answers at {options.address}: {error}. Start one with "
-                    "`ray start --head`, or leave the address out to start a private one"
+                    "`ray start --head`, or leave the address out to start a private one. One that "
+                    "runs answers only who has its token (RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH)"
                 ) from error
+            self._refuse_an_open_cluster()
+
+    def _refuse_an_open_cluster(self) -> None:
+        if self.options.insecure:
+            return
+        address = ray.get_runtime_context().gcs_address
+        if answers_anyone(address):
+            ray.shutdown()
+            raise ConfigError(
+                f"the Ray cluster at {address} answers without a token: whoever reaches its ports "
+                "can run code on its nodes. Start its nodes with RAY_AUTH_MODE=token and the same "
+                "RAY_AUTH_TOKEN, or say serve.insecure_ray"
+            )
 
     def _start_private(self, common: dict[str, Any]) -> None:
         """Start Ray for this process alone; what was started is ended when that fails halfway."""
@@ -109,6 +130,28 @@ class RaySession:
             self.close()
             raise
         self._processes = self._children_since(before)
+
+    def _join(self, address: str, common: dict[str, Any]) -> None:
+        """Add a node to the cluster, and connect through it as soon as it is known there."""
+        deadline = time.monotonic() + self.options.placement_timeout_s
+        self._node = JoinedNode(address)
+        try:
+            self._node.start(self.options.placement_timeout_s)
+            while True:
+                try:
+                    ray.init(address=address, **common)
+                    break
+                except (ConnectionError, RuntimeError, ValueError) as error:
+                    ended = self._node.why_ended()
+                    if ended is not None or time.monotonic() > deadline:
+                        raise ConfigError(
+                            f"cannot join the Ray cluster at {address}: {ended or error}"
+                        ) from error
+                time.sleep(PROGRESS_POLL_S)
+            self._refuse_an_open_cluster()
+        except BaseException:
+            self._node.close()
+            raise
 
     @staticmethod
     def _children_since(before: set[psutil.Process]) -> list[psutil.Process]:
@@ -130,6 +173,8 @@ class RaySession:
             return
         if self._temp_dir is None:
             ray.shutdown()
+            if self._node is not None:
+                self._node.close()
             return
         family = set(self._processes)
         for process in self._processes:
@@ -148,16 +193,19 @@ class RaySession:
         shutil.rmtree(self._temp_dir, ignore_errors=True)
 
 
-def probe_cluster(address: str, device: str) -> list[NodeProbe]:
-    """What every node of a Ray cluster measures of itself.
+def probe_cluster(
+    address: str, device: str, *, insecure: bool
+) -> tuple[list[NodeProbe], LinkRate | None]:
+    """What every node of a Ray cluster measures of itself, and the slowest link between them.
 
     Raises:
-        ConfigError: the cluster cannot be reached.
+        ConfigError: the cluster cannot be reached, or asks nobody for a token.
         PlacementError: see `probe_nodes`.
     """
-    session = RaySession(RayOptions(address=address))
+    session = RaySession(RayOptions(address=address, insecure=insecure))
     try:
-        return probe_nodes(alive_nodes(), "all" if device == AUTO else device)
+        nodes = alive_nodes()
+        return probe_nodes(nodes, "all" if device == AUTO else device), slowest_link(nodes)
     finally:
         session.close()
 
@@ -282,7 +330,7 @@ class StageGroup:
                 self._group, placement_group_bundle_index=index
             ),
             runtime_env={"env_vars": _stage_environment(self._threads(spec), uuid)},
-        ).remote(spec, self._run_dir, ray.util.get_node_ip_address() if tcp else None)
+        ).remote(spec, self._run_dir, tcp)
 
     # -- loading -----------------------------------------------------------------------------
 
@@ -349,9 +397,11 @@ class StageGroup:
         endpoints = [
             self._result(actor.endpoint.remote(), index) for index, actor in enumerate(self._actors)
         ]
-        for index, onward in enumerate([*endpoints[1:], ours.endpoint]):
-            self._result(self._actors[index].connect.remote(onward, epoch), index)
-        ours.connect(endpoints[0])
+        onwards, upstreams = [*endpoints[1:], ours.endpoint], [ours.endpoint, *endpoints[:-1]]
+        for index, (onward, upstream) in enumerate(zip(onwards, upstreams, strict=True)):
+            wired = self._actors[index].connect.remote(onward, epoch, upstream.public_key)
+            self._result(wired, index)
+        ours.connect(endpoints[0], last_key=endpoints[-1].public_key)
         self._runs = [actor.run.remote() for actor in self._actors]
         self._watcher = threading.Thread(target=self._watch, name="stage-watch", daemon=True)
         self._watcher.start()

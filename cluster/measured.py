@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Final
 
 from tightfit.kernels.formats import Format
@@ -14,7 +15,9 @@ ROUNDED_TO: Final = 2**20
 
 
 def inventory_tree(
-    nodes: Sequence[NodeProbe], planned_bytes: Callable[[DeviceProbe], int]
+    nodes: Sequence[NodeProbe],
+    planned_bytes: Callable[[DeviceProbe], int],
+    between: LinkRate | None = None,
 ) -> dict[str, object]:
     """What `cluster.planning.inventory` reads. GPUs come first, so that `node:0` is its cuda:0.
 
@@ -24,18 +27,28 @@ def inventory_tree(
     Args:
         nodes: of names that differ.
         planned_bytes: of a device, what a plan may take.
+        between: from a host to another, where it was measured.
     """
     alike: dict[str, list[tuple[DeviceProbe, DeviceRates]]] = {}
     tree = []
+    hops = []
     for node in nodes:
         lots = []
         for device, rates in measured_devices(node):
             alike.setdefault(_type_name(device), []).append((device, rates))
             lots.append(_lot(device, planned_bytes(device)))
         if lots:
-            link = _hop(node.links, [device.device for device, _ in measured_devices(node)])
+            names = [device.device for device, _ in measured_devices(node)]
+            link = _hop(node.links, names)
             tree.append({"name": node.node, **({"link": link} if link else {}), "devices": lots})
-    return {"types": {name: _type(same) for name, same in alike.items()}, "nodes": tree}
+            if between is not None:
+                hops.append(
+                    _hop([*node.links, replace(between, source="cpu", target="cpu")], names)
+                )
+    found: dict[str, object] = {name: _type(same) for name, same in alike.items()}
+    known = [hop for hop in hops if hop is not None]
+    slowest = {"between_nodes": max(known, key=lambda hop: hop["latency_us"])} if known else {}
+    return {"types": found, **slowest, "nodes": tree}
 
 
 def measured_devices(node: NodeProbe) -> list[tuple[DeviceProbe, DeviceRates]]:

@@ -12,11 +12,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from tightfit.kernels import cpu
+from tightfit.kernels import cpu, packed_int8
 from tightfit.kernels.crossover import MEASURE_LIMIT_S, NEVER, find_crossover
 from tightfit.kernels.formats import OUTLIER_THRESHOLD, Format, activation_dtype
 from tightfit.kernels.groups import GroupWeight, Quantized, pack_groups, quantize_groups
-from tightfit.kernels.ops import Kernel, OpPair, PackedWeight, dense_ops, hold_int8, pack_int8
+from tightfit.kernels.ops import Kernel, OpPair, PackedWeight, dense_ops
+from tightfit.kernels.packed_int8 import PackedInt8Weight
 from tightfit.kernels.weights import Int8Weight
 
 __all__ = [
@@ -45,10 +46,16 @@ CPU_OPS: Final[dict[Format, OpPair[Any]]] = {
     Format.FP32: dense_ops(torch.float32),
     Format.BF16: dense_ops(torch.bfloat16),
     Format.INT8: OpPair(
-        pack=pack_int8, hold=hold_int8, few=cpu.bind_int8_packed, many=cpu.bind_int8_dequantized
+        pack=packed_int8.pack_int8,
+        hold=packed_int8.hold_int8,
+        few=packed_int8.bind_few,
+        many=packed_int8.bind_many,
     ),
     Format.LLM_INT8: OpPair(
-        pack=pack_int8, hold=hold_int8, few=cpu.bind_int8_packed, many=cpu.bind_llm_int8
+        pack=packed_int8.pack_int8,
+        hold=packed_int8.hold_int8,
+        few=packed_int8.bind_few,
+        many=packed_int8.bind_many_llm_int8,
     ),
     Format.INT4: OpPair(
         pack=cpu.pack_int4,
@@ -104,7 +111,8 @@ class Linear:
         """Bytes of weight, scales and bias; `formats.linear_bytes`, and 4 K with an order."""
         self.crossover = NEVER
         self._few = _ordered(ops.few(weight, self.bias), order)
-        self._many = _ordered(ops.many(weight, self.bias), order) if ops.many else self._few
+        many = ops.many(weight, self.bias) if ops.many else None
+        self._many = _ordered(many, order) if many else self._few
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, K] → [T, N]."""
@@ -135,7 +143,7 @@ def _ordered(kernel: Kernel, order: Tensor | None) -> Kernel:
 
 
 def _with_threshold(weight: PackedWeight, outlier_threshold: float) -> PackedWeight:
-    if isinstance(weight, Int8Weight):
+    if isinstance(weight, Int8Weight | PackedInt8Weight):
         return replace(weight, outlier_threshold=outlier_threshold)
     return weight
 

@@ -17,6 +17,7 @@ from tightfit.cluster.config import (
     serve_config,
     split_address,
     start_plan_config,
+    token_config,
 )
 from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.settings import settings
@@ -27,6 +28,7 @@ MAKERS = {
     "quantize": quantize_config,
     "plan": plan_config,
     "probe": probe_config,
+    "token": token_config,
 }
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "configs" / "serve").glob("*.yaml"))
@@ -187,10 +189,58 @@ def test_client_commands_find_the_service_of_the_same_file(listen, target):
     assert client_config(file, {"target": "elsewhere:1"}).target == "elsewhere:1"
 
 
+CERTIFICATE = {"tls_cert": "c", "tls_key": "k"}
+
+
+@pytest.mark.parametrize(
+    ("listen", "settings"),
+    [
+        ("127.0.0.1:1", {}),
+        ("localhost:1", {}),
+        ("[::1]:1", {}),
+        ("0.0.0.0:1", {**CERTIFICATE, "tokens_file": "t"}),
+        ("[::]:1", {**CERTIFICATE, "tls_client_ca": "a"}),
+        ("0.0.0.0:1", {"insecure_listen": True}),
+        ("0.0.0.0:1", {"insecure_listen": True, "tokens_file": "t"}),
+    ],
+)
+def test_a_service_listens_beyond_its_machine_only_if_secured_or_told_to(listen, settings):
+    assert serve_config({}, {"model": "m", "listen": listen, **settings}).listen == listen
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:1", "[::]:1", "10.0.0.7:1", "gateway.example:1"])
+@pytest.mark.parametrize(
+    ("settings", "missing"),
+    [
+        ({}, r"without TLS \(.*\) and without authentication \("),
+        ({"tokens_file": "t"}, r"without TLS \([^)]*\)\. Give"),
+        (CERTIFICATE, r"without authentication \([^)]*\)\. Give"),
+    ],
+)
+def test_an_unsecured_service_that_others_reach_is_refused(listen, settings, missing):
+    with pytest.raises(ConfigError, match=rf"serve\.listen: .*{missing}.*insecure_listen"):
+        serve_config({}, {"model": "m", "listen": listen, **settings})
+
+
+@pytest.mark.parametrize("section", ["serve", "client"])
+@pytest.mark.parametrize("name", ["tls_cert", "tls_key"])
+def test_half_a_certificate_is_refused(section, name):
+    required = {"serve": {"model": "m"}, "client": {}}[section]
+    with pytest.raises(ConfigError, match=rf"{section}\.tls_cert and {section}\.tls_key go"):
+        MAKERS[section]({}, {**required, name: "f"})
+
+
+def test_tokens_are_made_in_the_file_that_the_service_of_the_same_file_reads():
+    file = {"serve": {"tokens_file": "a"}}
+    assert token_config(file).tokens_file == "a"
+    assert token_config(file, {"tokens_file": "b"}).tokens_file == "b"
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_every_example_file_is_a_configuration(path):
     file = read_config_file(path)
-    assert serve_config(file).stages >= 1
+    config = serve_config(file)
+    assert config.stages or start_plan_config(file, config).live
     assert client_config(file).target
 
 

@@ -6,17 +6,20 @@ one. A new setting is one field in the file of its section.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tightfit.cluster.config.addresses import split_address
+from tightfit.cluster.config.chart import num_replicas, read_values, section
 from tightfit.cluster.config.client import ClientConfig
 from tightfit.cluster.config.plan import PlanConfig
 from tightfit.cluster.config.probe import ProbeConfig
 from tightfit.cluster.config.quantize import QuantizeConfig
 from tightfit.cluster.config.serve import ServeConfig
+from tightfit.cluster.config.token import TokenConfig
 from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.settings import Values, build, read_file
 from tightfit.workers.model_formats import AUTO
@@ -27,6 +30,7 @@ __all__ = [
     "ProbeConfig",
     "QuantizeConfig",
     "ServeConfig",
+    "TokenConfig",
     "client_config",
     "plan_config",
     "probe_config",
@@ -35,6 +39,7 @@ __all__ = [
     "serve_config",
     "split_address",
     "start_plan_config",
+    "token_config",
 ]
 
 SECTIONS: Mapping[str, type[Any]] = {
@@ -43,6 +48,7 @@ SECTIONS: Mapping[str, type[Any]] = {
     "quantize": QuantizeConfig,
     "plan": PlanConfig,
     "probe": ProbeConfig,
+    "token": TokenConfig,
 }
 
 
@@ -71,12 +77,19 @@ def start_plan_config(file: Mapping[str, Values], serve: ServeConfig) -> PlanCon
     Raises:
         ConfigError: see `build`; or the section says what is the service's to say.
     """
-    section = file.get("plan", {})
+    devices = {"live": True, "device": serve.device, "cpu_budget": serve.memory_budget_bytes}
+    return build(PlanConfig, "plan", _as_served(file.get("plan", {}), serve, devices))
+
+
+def _as_served(section: Values, serve: ServeConfig, devices: Values) -> dict[str, object]:
+    """Settings of a plan for what `serve` says, on `devices`, where the section leaves them open.
+
+    Raises:
+        ConfigError: the section says what is the service's to say.
+    """
     ours: dict[str, object] = {
         "model": serve.model,
-        "live": True,
-        "device": serve.device,
-        "cpu_budget": serve.memory_budget_bytes,
+        **devices,
         "block_size": serve.block_size,
         "max_batch_tokens": serve.max_batch_tokens,
         "head_format": serve.head_format,
@@ -96,7 +109,27 @@ def start_plan_config(file: Mapping[str, Values], serve: ServeConfig) -> PlanCon
         ours.setdefault("formats", AUTO)
     if "kv_formats" not in section:
         ours.setdefault("kv_formats", AUTO)
-    return build(PlanConfig, "plan", {**section, **ours})
+    return {**section, **ours}
+
+
+def _of_chart(paths: str) -> dict[str, object]:
+    """Settings of a plan for what the Helm chart would install with these values.
+
+    Raises:
+        ConfigError: see `build`.
+    """
+    values = read_values(paths)
+    check = section(values, "planCheck")
+    serve = build(ServeConfig, "serve", {"model": "", **section(values, "serve")})
+    model = check.get("model") or serve.model
+    if not model:
+        raise ConfigError("serve.model is missing. It is: what is to be served")
+    if serve.stages is not None and serve.embedding_place == AUTO:
+        serve = dataclasses.replace(serve, embedding_place="device")
+    devices: dict[str, object] = {"values": paths, "replicas": str(num_replicas(values))}
+    if serve.stages is not None:
+        devices["max_devices"] = serve.stages
+    return {**_as_served(section(values, "plan"), serve, devices), "model": model}
 
 
 def client_config(file: Mapping[str, Values], flags: Values | None = None) -> ClientConfig:
@@ -122,12 +155,16 @@ def quantize_config(file: Mapping[str, Values], flags: Values | None = None) -> 
 
 
 def plan_config(file: Mapping[str, Values], flags: Values | None = None) -> PlanConfig:
-    """What to plan: `flags` (by key) over the file's `plan` section.
+    """What to plan: `flags` (by key) over the file's `plan` section, and both over the chart's
+    values, if they name any.
 
     Raises:
         ConfigError: see `build`.
     """
-    return build(PlanConfig, "plan", {**file.get("plan", {}), **(flags or {})})
+    given = {**file.get("plan", {}), **(flags or {})}
+    if isinstance(values := given.get("values"), str):
+        given = {**_of_chart(values), **given}
+    return build(PlanConfig, "plan", given)
 
 
 def probe_config(file: Mapping[str, Values], flags: Values | None = None) -> ProbeConfig:
@@ -137,3 +174,17 @@ def probe_config(file: Mapping[str, Values], flags: Values | None = None) -> Pro
         ConfigError: see `build`.
     """
     return build(ProbeConfig, "probe", {**file.get("probe", {}), **(flags or {})})
+
+
+def token_config(file: Mapping[str, Values], flags: Values | None = None) -> TokenConfig:
+    """Which tokens: `flags` (by key) over the file's `token` section; without a file of tokens,
+    the same file's service's.
+
+    Raises:
+        ConfigError: see `build`.
+    """
+    values = {**file.get("token", {}), **(flags or {})}
+    tokens_file = file.get("serve", {}).get("tokens_file")
+    if "tokens_file" not in values and tokens_file is not None:
+        values["tokens_file"] = tokens_file
+    return build(TokenConfig, "token", values)

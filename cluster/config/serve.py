@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from tightfit.cluster.config.addresses import DEFAULT_LISTEN, split_address
+from tightfit.cluster.config.addresses import DEFAULT_LISTEN, is_loopback, split_address
 from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.hub import parse_hub_name
 from tightfit.cluster.settings import Option
@@ -107,10 +107,67 @@ class ServeConfig:
             at_least=0,
         ),
     ] = 300.0
+    health_listen: Annotated[
+        str | None,
+        Option(
+            "host:port that answers gRPC health checks and nothing else, without TLS or token, for "
+            "probes that can do neither, such as the kubelet's; default: none.",
+            check=split_address,
+        ),
+    ] = None
+    tls_cert: Annotated[
+        str | None,
+        Option("PEM file of the gateway's certificate chain; read again when it changes."),
+    ] = None
+    tls_key: Annotated[
+        str | None, Option("PEM file of that certificate's private key, not encrypted.")
+    ] = None
+    tls_client_ca: Annotated[
+        str | None,
+        Option(
+            "PEM file of authorities: only clients with a certificate of one of them are answered "
+            "(mTLS)."
+        ),
+    ] = None
+    tokens_file: Annotated[
+        str | None,
+        Option(
+            "File of `tightfit token`: only callers with one of its tokens are answered; read "
+            "again when it changes."
+        ),
+    ] = None
+    audit_log: Annotated[
+        str | None,
+        Option(
+            'File that a line of JSON is added to for each GetStatus, GetPlan and Drain; "-": '
+            "standard error; default: that if callers are authenticated, else none."
+        ),
+    ] = None
+    insecure_listen: Annotated[
+        bool,
+        Option(
+            "Listen beyond this machine even without TLS or without authentication, as behind a "
+            "proxy that does both."
+        ),
+    ] = False
+    insecure_ray: Annotated[
+        bool,
+        Option(
+            "Join a Ray cluster even without its token authentication: whoever reaches its ports "
+            "can run code on it."
+        ),
+    ] = False
     ray_address: Annotated[
         str | None,
         Option('Ray cluster to join: "auto" or host:port; default: a private one, here.'),
     ] = None
+    ray_join: Annotated[
+        bool,
+        Option(
+            "Make this machine a node of the cluster at ray_address first, one without room for "
+            "stages; it leaves again at the end."
+        ),
+    ] = False
     ray_strategy: Annotated[
         str, Option("How Ray places stages on nodes.", choices=PLACEMENT_STRATEGIES)
     ] = "PACK"
@@ -172,11 +229,28 @@ class ServeConfig:
         """Raises ConfigError where settings do not go together."""
         if self.plan is not None and self.stages is not None:
             raise ConfigError("serve.plan and serve.stages exclude each other: give one of them")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("serve.tls_cert and serve.tls_key go together: give both")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ConfigError("serve.tls_client_ca needs serve.tls_cert and serve.tls_key as well")
+        if is_loopback(split_address(self.listen)[0]) or self.insecure_listen:
+            return
+        missing = []
+        if self.tls_cert is None:
+            missing.append("TLS (serve.tls_cert, serve.tls_key)")
+        if not self.has_authentication:
+            missing.append("authentication (serve.tokens_file or serve.tls_client_ca)")
+        if missing:
+            raise ConfigError(
+                f"serve.listen: {self.listen} can be reached from other machines, without "
+                f"{' and without '.join(missing)}. Give what is missing, listen on 127.0.0.1, or "
+                "say serve.insecure_listen"
+            )
 
     @property
-    def is_planned(self) -> bool:
-        """Stages are on the devices that a plan names."""
-        return self.stages is None
+    def has_authentication(self) -> bool:
+        """Callers have to show a token or a certificate."""
+        return self.tokens_file is not None or self.tls_client_ca is not None
 
     @property
     def model_name(self) -> str:

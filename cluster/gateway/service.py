@@ -13,6 +13,7 @@ from tightfit.cluster.gateway.prompts import Prompts
 from tightfit.cluster.gateway.status import Context, stream, unary
 from tightfit.cluster.metrics import Metrics
 from tightfit.cluster.request import FinishReason, Request
+from tightfit.cluster.security.caller import charge
 from tightfit.cluster.tokenizer import Tokenizer
 from tightfit.v1 import inference_pb2, inference_pb2_grpc
 
@@ -130,6 +131,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         context.add_done_callback(_canceller(events))  # type: ignore[arg-type]
         try:
             async for chunk in generation.chunks(events):
+                charge(len(chunk.token_ids))
                 yield chunk
         finally:
             self._count_end(generation.reason, context, started_s)
@@ -147,10 +149,12 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
     def _submit(self, request: Request) -> RequestStream:
         try:
-            return self._engine.submit(request)
+            stream = self._engine.submit(request)
         except TightfitError as error:
             self._metrics.count_refused(error.status)
             raise
+        charge(len(request.prompt_token_ids) + len(request.resume_token_ids))
+        return stream
 
     def _count_end(self, reason: FinishReason | None, context: Context, started_s: float) -> None:
         """A request has ended; without a reason, because its caller went away."""

@@ -39,6 +39,7 @@ from tightfit.cluster.settings import (
     read_yaml,
     refuse_unknown,
     settings,
+    shown,
 )
 from tightfit.cluster.units import format_bytes
 from tightfit.kernels.formats import SUPPORTED_FORMATS
@@ -269,7 +270,7 @@ def _section(kind: type[Any], values: Values, where: str) -> Any:
 
 def _sequence(value: object, where: str) -> list[object]:
     if not isinstance(value, list):
-        raise ConfigError(f"{where}: expected a list (`- …` lines), found {value!r}")
+        raise ConfigError(f"{where}: expected a list (`- …` lines), found {shown(value)}")
     return value
 
 
@@ -318,4 +319,6 @@ def _reserve(value: object, path: str) -> Reserve:
         return Reserve(str(value))
     except ValueError:
         known = ", ".join(Reserve)
-        raise ConfigError(f"{path}: inventory.reserve: {value!r} is not one of {known}") from None
+        raise ConfigError(
+            f"{path}: inventory.reserve: {shown(value)} is not one of {known}"
+        ) from None

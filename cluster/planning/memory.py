@@ -21,8 +21,8 @@ from tightfit.workers.shard_bytes import (
     layer_format_bytes,
     model_bytes,
     shard_bytes,
-    workspace_bytes,
 )
+from tightfit.workers.workspace import workspace_bytes
 
 DEVICE_CONTEXT_BYTES = 512 * 2**20
 """Of a CUDA context with our kernels loaded: what a GPU that nobody uses has less than its total,
@@ -134,7 +134,7 @@ class Parts:
     kv_block: int
     """One KV block of one layer."""
     workspace: int
-    """On every stage."""
+    """On every stage, in either format."""
 
     def is_no_larger_than(self, other: Parts) -> bool:
         """Nothing takes more than there."""
@@ -186,7 +186,9 @@ def model_parts(
         head=ends.head,
         lone_head=head_bytes(model, better or formats, shared=ends.head_shared),
         kv_block=kv_block_bytes(model, formats, 1, block_size),
-        workspace=workspace_bytes(model, formats, max_batch_tokens),
+        workspace=max(
+            workspace_bytes(model, some, max_batch_tokens) for some in (formats, better or formats)
+        ),
     )
 
 

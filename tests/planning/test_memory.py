@@ -171,7 +171,7 @@ def test_the_tight_reserve_and_a_context_leave_98_percent_less_a_gibibyte():
 def test_the_parts_of_a_model_in_two_formats_are_those_that_its_stages_count(device, kv):
     model = decoder_config(SMOLLM2_135M)
     less, more = (model_formats(model, fmt, kv=kv, device=device) for fmt in ("int4", "int8"))
-    parts = model_parts(model, less, more, block_size=16, max_batch_tokens=512)
+    parts, workspaces = model_parts(model, less, more, block_size=16, max_batch_tokens=512), []
     for formats, step in ((less, 0), (more, parts.step)):
         whole = stage_bytes(model, formats, 0, 30, **SIZES)
         middle = stage_bytes(model, formats, 1, 29, **SIZES)
@@ -179,7 +179,8 @@ def test_the_parts_of_a_model_in_two_formats_are_those_that_its_stages_count(dev
         assert whole.weights == layers + parts.embedding + parts.lone_head
         assert middle.weights == layers - 2 * (parts.layers[0] + step)
         assert middle.kv_cache == 28 * parts.kv_block
-        assert whole.workspace == parts.workspace
+        workspaces.append(whole.workspace)
+    assert parts.workspace == max(workspaces)
     assert parts.step > 0
 
 

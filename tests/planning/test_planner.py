@@ -122,7 +122,7 @@ def test_layers_that_need_not_be_small_are_not():
     found = plan(OPT, inventory("8xrtx-3090"), formats=("int3", "int4"), **MIXED)
     assert len(found.stages) == 4
     assert 3.25 < found.bits_per_weight < 4.25
-    assert found.kv_tokens == 2048
+    assert 2048 <= found.kv_tokens < 2048 + 128  # what is left is less than a layer's step
 
 
 def test_the_better_formats_are_taken_as_far_up_as_memory_goes():

@@ -27,8 +27,8 @@ from tightfit.workers.shard_bytes import (
     head_is_shared,
     layer_bytes,
     layer_format_bytes,
-    workspace_bytes,
 )
+from tightfit.workers.workspace import workspace_bytes
 
 TOTAL = 2**30
 ROOMS = (*range(300_001, 900_000, 30_023), 1_250_000, 1_700_000, 100_000)
@@ -68,7 +68,7 @@ def request_of(seed):
     draw = Random(seed).choice
     model = small_model(draw([2, 3, 4, 5]), draw([64, 150, 333, 1000]), draw([False, True]))
     # The reserve and one workspace come on top; a format of keys and values has a larger one.
-    workspace = workspace_bytes(model, model_formats(model, "int8"), 16)
+    workspace = workspace_bytes(model, model_formats(model, "int8", device="cuda"), 16)
     reserved = 512 * 2**20 + TOTAL // 50
     devices = tuple(
         Device(
@@ -162,7 +162,9 @@ def ways(request, level, less, more, place, kv):
     ends = formats[more]
     vector = kv_vector_bytes(ends.kv, model.head_dim)
     block = request.block_size * 2 * model.num_kv_heads * vector
-    workspace = workspace_bytes(model, ends, request.max_batch_tokens)
+    workspace = max(
+        workspace_bytes(model, formats[name], request.max_batch_tokens) for name in formats
+    )
     need = request.sequences * -(-request.context // request.block_size)
     linears = {
         name: [layer_format_bytes(model, formats[name], i) for i in range(num_layers)]

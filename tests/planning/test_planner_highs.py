@@ -13,7 +13,7 @@ from tightfit.cluster.planning.rates import NO_RATES, Rates
 from tightfit.cluster.planning.request import PlanRequest, Spare
 from tightfit.workers.decoder_config import decoder_config
 from tightfit.workers.model_formats import model_formats
-from tightfit.workers.shard_bytes import workspace_bytes
+from tightfit.workers.workspace import workspace_bytes
 
 TOTAL = 2**31
 BYTES = 1024
