@@ -136,8 +136,9 @@ class StageSpec:
     """Where the embedding's table is: "device", in the stage's memory, or "host": in the
     checkpoint's file, mapped, of which a step reads the rows that it needs; widened into host
     memory if the file has it quantised."""
-    llm_int8_threshold: float = 6.0
-    """|activation| from which `llm_int8` keeps a feature's column in 16 bits."""
+    llm_int8_threshold: float | None = None
+    """|activation| from which `llm_int8` keeps a feature's column in 16 bits; None: 6.0 in layers
+    as wide as those of a 6.7B model, and all activations in 16 bits in smaller ones."""
     device: str = "cpu"
     """torch device name."""
     planned_device: str = ""

@@ -10,7 +10,7 @@ from tightfit.cluster.config.addresses import DEFAULT_LISTEN, is_loopback, split
 from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.hub import parse_hub_name
 from tightfit.cluster.settings import Option
-from tightfit.kernels.formats import OUTLIER_THRESHOLD, SUPPORTED_FORMATS, KVFormat
+from tightfit.kernels.formats import SUPPORTED_FORMATS, KVFormat
 from tightfit.workers.model_formats import AUTO
 
 PLACEMENT_STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
@@ -40,13 +40,14 @@ class ServeConfig:
         ),
     ] = AUTO
     llm_int8_threshold: Annotated[
-        float,
+        float | None,
         Option(
             "Size of an activation from which llm_int8 keeps its feature in 16 bits; lower is more "
-            "exact and slower.",
+            "exact and slower. By default 6 in layers at least 4096 wide, and all features of "
+            "smaller ones.",
             at_least=0,
         ),
-    ] = OUTLIER_THRESHOLD
+    ] = None
     kv_format: Annotated[
         str,
         Option(
