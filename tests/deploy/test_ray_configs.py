@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
@@ -59,6 +60,14 @@ def test_ray_takes_every_cluster_file(path):
     validate_config(prepared)
     nightly = [c for c in prepared["setup_commands"] if "ray-wheels" in c or "dev0" in c]
     assert nightly == []
+
+
+def test_the_wheel_has_every_cluster_file():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    package = ROOT / "src" / "tightfit"
+    patterns = project["tool"]["setuptools"]["package-data"]["tightfit"]
+    packed = {path.resolve() for pattern in patterns for path in package.glob(pattern)}
+    assert set(FILES) <= packed
 
 
 def test_ray_refuses_a_misspelt_key():
