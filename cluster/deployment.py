@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
 
+from tightfit import __version__
 from tightfit.cluster.config import ServeConfig, split_address
 from tightfit.cluster.engine import Engine, ModelInfo
 from tightfit.cluster.errors import ConfigError
@@ -29,6 +30,7 @@ from tightfit.cluster.launch import (
     describe_model,
 )
 from tightfit.cluster.metrics import Metrics, MetricsServer
+from tightfit.cluster.monitor import Monitor
 from tightfit.cluster.pipeline import LinkedStages, Pipeline
 from tightfit.cluster.planning.memory import plan_stages
 from tightfit.cluster.progress import LoadView
@@ -181,20 +183,23 @@ def make_engine(
     )
     pipeline = Pipeline(replica.links, max_in_flight=config.stages)
     pipeline.begin_epoch(FIRST_EPOCH)
-    metrics.set_stages(replica.statuses)
+    info = ModelInfo(
+        name=config.model_name,
+        family=model.config.family,
+        num_layers=model.config.num_layers,
+        vocab_size=model.config.vocab_size,
+        max_context_tokens=scheduler.config.max_context,
+        weight_format=format_label(model.config, chosen_formats(config, model)),
+        eos_token_ids=eos,
+        num_stages=config.stages,
+    )
+    metrics.set_model(
+        version=__version__, model=info.name, family=info.family, weight_format=info.weight_format
+    )
     return Engine(
         scheduler,
         pipeline,
-        model=ModelInfo(
-            name=config.model_name,
-            family=model.config.family,
-            num_layers=model.config.num_layers,
-            vocab_size=model.config.vocab_size,
-            max_context_tokens=scheduler.config.max_context,
-            weight_format=format_label(model.config, chosen_formats(config, model)),
-            eos_token_ids=eos,
-            num_stages=config.stages,
-        ),
+        model=info,
         metrics=metrics,
         stage_statuses=replica.group.statuses,
     )
@@ -229,6 +234,9 @@ def serve(config: ServeConfig) -> int:
         )
         engine = make_engine(config, model, replica, tokenizer.result(), metrics)
         lost.tell(engine.fail)
+        monitor = Monitor(engine, metrics)
+        cleanup.callback(monitor.close)
+        monitor.start()
         if config.metrics_listen is not None:
             host, port = split_address(config.metrics_listen)
             cleanup.callback(MetricsServer(registry, host, port).close)

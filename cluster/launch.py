@@ -27,6 +27,7 @@ from tightfit.workers.api import LoadProgress, StageSpec, StageStatus
 from tightfit.workers.checkpoint import open_checkpoint
 from tightfit.workers.decoder_config import DecoderConfig, decoder_config
 from tightfit.workers.errors import WorkerError
+from tightfit.workers.logs import log_environment
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +146,8 @@ class RaySession:
 def _stage_environment(threads: int) -> dict[str, str]:
     """Variables of a stage's process; libgomp reads its own once, before the first operation."""
     spin = os.environ.get("GOMP_SPINCOUNT", str(SPIN_COUNT))
-    return {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": spin, "PYTHONSAFEPATH": "1"}
+    own = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": spin, "PYTHONSAFEPATH": "1"}
+    return {**own, **log_environment()}
 
 
 class StageGroup:

@@ -21,6 +21,7 @@ import ray
 from tightfit.workers.api import LoadProgress, StageSpec, StageStatus, StepResult
 from tightfit.workers.errors import StageError
 from tightfit.workers.link import Endpoint, Receiver, Sender, StepMessage
+from tightfit.workers.logs import configure_logs_from_environment
 from tightfit.workers.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class StageActor:
     """One stage in a process of its own. Calls run on several threads: `run` holds one of them."""
 
     def __init__(self, spec: StageSpec, run_dir: str, tcp_host: str | None) -> None:
+        configure_logs_from_environment(stage=spec.stage_index)
         self._spec = spec
         self._run_dir = run_dir
         self._node_id = ray.get_runtime_context().get_node_id()

@@ -31,7 +31,8 @@ class Sequence:
     __slots__ = (
         "_base", "_digests", "_has_penalty", "added_s", "block_table", "end_ids", "index",
         "last_turn", "max_length", "num_applied", "num_cached", "num_prompt", "num_registered",
-        "num_scheduled", "rank", "request", "scores", "sequence_id", "tokens", "was_admitted",
+        "num_scheduled", "queued_s", "rank", "request", "scores", "sequence_id", "tokens",
+        "was_admitted",
     )  # fmt: skip
 
     def __init__(
@@ -66,6 +67,8 @@ class Sequence:
         self.scores: list[float] = []
         self.was_admitted = False
         """It ran at some time: it no longer counts as queued."""
+        self.queued_s: float | None = None
+        """Seconds that it waited until then."""
         self.last_turn = 0
         """Number of the micro-batch that it was last in."""
         self._has_penalty = (
