@@ -22,6 +22,7 @@ from tightfit.cluster.config import ServeConfig, split_address
 from tightfit.cluster.engine import Engine, ModelInfo
 from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.gateway.server import GatewayServer
+from tightfit.cluster.gateway.watch import Tracer
 from tightfit.cluster.launch import (
     ModelDescription,
     RayOptions,
@@ -202,7 +203,32 @@ def make_engine(
         model=info,
         metrics=metrics,
         stage_statuses=replica.group.statuses,
+        num_traced_steps=0 if config.trace_endpoint is None else config.trace_steps,
     )
+
+
+def start_tracing(config: ServeConfig, cleanup: ExitStack) -> Tracer | None:
+    """Where traces go; None: nowhere. `cleanup` sends what is left.
+
+    Raises:
+        ConfigError: OpenTelemetry is not installed.
+    """
+    if config.trace_endpoint is None:
+        return None
+    try:
+        from tightfit.cluster.tracing import Tracing, otlp_exporter
+    except ImportError as error:
+        raise ConfigError(
+            f"trace_endpoint: {error}. Install it with: pip install 'tightfit-serve[tracing]'"
+        ) from error
+    tracing = Tracing(
+        otlp_exporter(config.trace_endpoint),
+        model=config.model_name,
+        version=__version__,
+        share=config.trace_share,
+    )
+    cleanup.callback(tracing.close)
+    return tracing
 
 
 def serve(config: ServeConfig) -> int:
@@ -215,6 +241,7 @@ def serve(config: ServeConfig) -> int:
     """
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with ExitStack() as cleanup, Interrupts() as interrupts:
+        tracer = start_tracing(config, cleanup)
         model = describe_model(config.model)
         _announce(config, model)
         specs = stage_specs(config, model)
@@ -242,7 +269,7 @@ def serve(config: ServeConfig) -> int:
             cleanup.callback(MetricsServer(registry, host, port).close)
         gc.collect()
         gc.freeze()  # nothing of the start-up is garbage later
-        return asyncio.run(_serve(config, engine, tokenizer.result(), metrics, interrupts))
+        return asyncio.run(_serve(config, engine, tokenizer.result(), metrics, tracer, interrupts))
 
 
 class LostStage:
@@ -320,6 +347,7 @@ async def _serve(
     engine: Engine,
     tokenizer: Tokenizer,
     metrics: Metrics,
+    tracer: Tracer | None,
     interrupts: Interrupts,
 ) -> int:
     """Answer until a signal or a drain ends it."""
@@ -328,7 +356,7 @@ async def _serve(
     loop.add_signal_handler(signal.SIGINT, stop.set)
     loop.add_signal_handler(signal.SIGTERM, drain.set)
     interrupts.check()
-    gateway = GatewayServer(engine, tokenizer, metrics)
+    gateway = GatewayServer(engine, tokenizer, metrics, tracer=tracer)
     host, port = split_address(config.listen)
     try:
         bound = await gateway.start(host, port)

@@ -84,6 +84,8 @@ class TokenEvent:
     """Prompt tokens whose KV was taken from the prefix cache."""
     queued_s: float | None = None
     """Seconds that the sequence waited before it first ran; None: it never did."""
+    num_restarts: int = 0
+    """How often it had to be computed anew from its tokens, as its KV blocks were taken or lost."""
     error: str = ""
     """With FinishReason.ERROR: why."""
 
@@ -122,6 +124,8 @@ class RequestRecord:
     admitted_s: float | None
     """When its first tokens were sent to the stages; None: never, or nobody heard of it."""
     first_token_s: float | None
+    recomputed_s: tuple[float, ...] = ()
+    """When one of its sequences went on after it had been computed anew."""
     num_prompt_tokens: int
     num_cached_tokens: int
     """Prompt tokens whose KV came from the prefix cache."""

@@ -19,3 +19,15 @@ def split_address(text: str) -> tuple[str, int]:
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
         raise ValueError(f"{text!r}: write an IPv6 host in brackets, such as [::1]:50051")
     return host, int(port)
+
+
+def check_collector(text: str) -> None:
+    """Check that a collector of traces can be at this address.
+
+    Raises:
+        ValueError: it is not http://host:port or https://host:port.
+    """
+    scheme, separator, address = text.partition("://")
+    if not separator or scheme not in ("http", "https"):
+        raise ValueError(f"{text!r} is not http://host:port or https://host:port")
+    split_address(address)

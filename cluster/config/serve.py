@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from tightfit.cluster.config.addresses import DEFAULT_LISTEN, split_address
+from tightfit.cluster.config.addresses import DEFAULT_LISTEN, check_collector, split_address
 from tightfit.cluster.hub import parse_hub_name
 from tightfit.cluster.settings import Option
 from tightfit.kernels.formats import OUTLIER_THRESHOLD, SUPPORTED_FORMATS, KVFormat
@@ -83,6 +83,31 @@ class ServeConfig:
         str | None,
         Option("host:port for Prometheus to scrape; default: none.", check=split_address),
     ] = None
+    trace_endpoint: Annotated[
+        str | None,
+        Option(
+            "OTLP collector (gRPC) that gets a trace of each request, such as "
+            "http://127.0.0.1:4317, or https:// for TLS; default: none.",
+            check=check_collector,
+        ),
+    ] = None
+    trace_share: Annotated[
+        float,
+        Option(
+            "Share of the requests that are traced; a caller that sends a traceparent decides "
+            "for its own.",
+            at_least=0,
+            at_most=1,
+        ),
+    ] = 1.0
+    trace_steps: Annotated[
+        int,
+        Option(
+            "Steps of each traced request that get spans of their own, one for each stage.",
+            at_least=0,
+            at_most=4096,
+        ),
+    ] = 0
     ray_address: Annotated[
         str | None,
         Option('Ray cluster to join: "auto" or host:port; default: a private one, here.'),

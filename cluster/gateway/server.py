@@ -13,6 +13,7 @@ from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.gateway.cluster_service import ClusterService
 from tightfit.cluster.gateway.service import InferenceService
 from tightfit.cluster.gateway.status import RefuseMalformed
+from tightfit.cluster.gateway.watch import Tracer
 from tightfit.cluster.metrics import Metrics
 from tightfit.cluster.tokenizer import Tokenizer
 from tightfit.v1 import cluster_pb2, inference_pb2
@@ -42,17 +43,25 @@ class GatewayServer:
         engine: started by `start`, stopped by the caller.
         tokenizer: the model's.
         metrics: where to count.
+        tracer: where traces of requests go; None: nowhere.
     Raises:
         ConfigError: the checkpoint's chat template is not valid.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        *,
+        tracer: Tracer | None = None,
+    ) -> None:
         self._engine, self._metrics = engine, metrics
         self._server = grpc.aio.server(options=OPTIONS, interceptors=(RefuseMalformed(),))
         self._health = health.aio.HealthServicer()
         self._watcher: asyncio.Task[None] | None = None
         self.drain_requested = asyncio.Event()
-        self._inference = InferenceService(engine, tokenizer, metrics)
+        self._inference = InferenceService(engine, tokenizer, metrics, tracer)
         add_InferenceServiceServicer_to_server(self._inference, self._server)
         add_ClusterServiceServicer_to_server(ClusterService(engine, self._drain), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

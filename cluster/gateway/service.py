@@ -10,7 +10,7 @@ from tightfit.cluster.gateway import convert
 from tightfit.cluster.gateway.generation import Chunk, Generation, joined, raise_failure
 from tightfit.cluster.gateway.prompts import Prompts
 from tightfit.cluster.gateway.status import Context, stream, unary
-from tightfit.cluster.gateway.watch import RequestWatch
+from tightfit.cluster.gateway.watch import RequestWatch, Tracer
 from tightfit.cluster.metrics import Metrics
 from tightfit.cluster.request import FinishReason, Request
 from tightfit.cluster.tokenizer import Tokenizer
@@ -24,12 +24,19 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         engine: started, in this event loop.
         tokenizer: the model's.
         metrics: where to count.
+        tracer: where traces of requests go; None: nowhere.
     Raises:
         ConfigError: the checkpoint's chat template is not valid.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, metrics: Metrics) -> None:
-        self._engine, self._metrics = engine, metrics
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        tracer: Tracer | None = None,
+    ) -> None:
+        self._engine, self._metrics, self._tracer = engine, metrics, tracer
         self._prompts = Prompts(tokenizer, engine.model_info)
 
     def close(self) -> None:
@@ -62,7 +69,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Log-probabilities of a given text."""
 
         async def work() -> inference_pb2.ScoreResponse:
-            watch = RequestWatch(self._metrics, "Score")
+            watch = self._watch("Score", context)
             whole = await self._checked(watch, self._prompts.score_request(request, context))
             events = self._submit(watch, whole)
             context.add_done_callback(_canceller(events))  # type: ignore[arg-type]
@@ -78,7 +85,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     logprobs=event.scores,
                 )
             finally:
-                watch.ended(reason or _left_because(context))
+                watch.ended(reason or _left_because(context), events.steps)
 
         return await unary(context, work)
 
@@ -120,7 +127,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, method: str, wire: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncGenerator[Chunk, None]:
         """Chunks of one call; the end of the call ends the request."""
-        watch = RequestWatch(self._metrics, method)
+        watch = self._watch(method, context)
         request = await self._checked(watch, self._prompts.generate_request(wire, context))
         generation = Generation(request, await self._prompts.texts(request), watch)
         whole = generation.resumed_at_its_end()
@@ -134,7 +141,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             async for chunk in generation.chunks(events):
                 yield chunk
         finally:
-            watch.ended(generation.reason or _left_because(context))
+            watch.ended(generation.reason or _left_because(context), events.steps)
+
+    def _watch(self, method: str, context: Context) -> RequestWatch:
+        metadata = context.invocation_metadata() or ()
+        return RequestWatch(self._metrics, self._tracer, method, metadata)
 
     async def _checked(self, watch: RequestWatch, making: Awaitable[Request]) -> Request:
         try:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Protocol
 
 from tightfit.cluster.metrics import Metrics
 from tightfit.cluster.request import FinishReason, Request, RequestRecord, StepTiming, TokenEvent
@@ -16,16 +18,36 @@ from tightfit.cluster.request import FinishReason, Request, RequestRecord, StepT
 log = logging.getLogger("tightfit.request")
 
 
+MAX_RECOMPUTED = 32
+"""Times at which a request was computed anew that are kept."""
+
+Metadata = Iterable[tuple[str, str | bytes]]
+
+
+class Tracer(Protocol):
+    """Where traces go; `tightfit.cluster.tracing.Tracing`."""
+
+    def export(
+        self, record: RequestRecord, metadata: Metadata, steps: Sequence[StepTiming] = ()
+    ) -> str | None:
+        """Make the trace of a request that has ended; its id, if it has one."""
+
+
 class RequestWatch:
     """One call's times and counts.
 
     Args:
         metrics: where they are counted.
+        tracer: where its trace goes; None: nowhere.
         method: the gRPC method's name.
+        metadata: the call's.
     """
 
-    def __init__(self, metrics: Metrics, method: str) -> None:
-        self._metrics, self._method = metrics, method
+    def __init__(
+        self, metrics: Metrics, tracer: Tracer | None, method: str, metadata: Metadata
+    ) -> None:
+        self._metrics, self._tracer, self._method = metrics, tracer, method
+        self._metadata = metadata
         self._started_s = self._tokenized_s = time.monotonic()
         self._request: Request | None = None
         self._queued_s: float | None = None
@@ -34,6 +56,9 @@ class RequestWatch:
         """By sequence."""
         self._num_generated = 0
         self._num_cached = 0
+        self._num_restarts: dict[int, int] = {}
+        """By sequence, of those that had any."""
+        self._recomputed_s: list[float] = []
 
     def queued(self, request: Request) -> None:
         """Its prompt is tokens, and it is about to be queued."""
@@ -47,6 +72,8 @@ class RequestWatch:
         if event.token_id is None:
             return
         now_s = time.monotonic()
+        if event.num_restarts:
+            self._note_restarts(event, now_s)
         self._num_generated += 1
         before_s = self._last_token_s.get(event.index)
         self._last_token_s[event.index] = now_s
@@ -56,6 +83,12 @@ class RequestWatch:
         self._metrics.observe_first_token(now_s - self._started_s)
         if self._first_token_s is None:
             self._first_token_s = now_s
+
+    def _note_restarts(self, event: TokenEvent, now_s: float) -> None:
+        if event.num_restarts > self._num_restarts.get(event.index, 0):
+            self._num_restarts[event.index] = event.num_restarts
+            if len(self._recomputed_s) < MAX_RECOMPUTED:
+                self._recomputed_s.append(now_s)
 
     @property
     def num_generated_tokens(self) -> int:
@@ -73,8 +106,8 @@ class RequestWatch:
         self._metrics.count_refused(status)
         log.info("refused", extra={"method": self._method, "status": status})
 
-    def ended(self, reason: FinishReason, steps: Iterable[StepTiming] = ()) -> None:
-        """It was queued, and has ended."""
+    def ended(self, reason: FinishReason, steps: Sequence[StepTiming]) -> None:
+        """It was queued, and has ended; `steps`: those to show in its trace."""
         request = self._request
         assert request is not None, "only what was queued can end"
         queued_s = self._queued_s
@@ -91,7 +124,11 @@ class RequestWatch:
             num_cached_tokens=self._num_cached,
             num_generated_tokens=self._num_generated,
             num_sequences=request.sampling.n,
+            recomputed_s=tuple(self._recomputed_s),
         )
+        if self._tracer is not None:
+            trace_id = self._tracer.export(record, self._metadata, steps)
+            record = replace(record, trace_id=trace_id)
         self._metrics.count_finished(record)
         if log.isEnabledFor(logging.INFO):
             log.info("finished", extra=log_fields(record))
@@ -109,6 +146,7 @@ def log_fields(record: RequestRecord) -> dict[str, object]:
         "queue_s": _rounded(record.queue_s),
         "ttft_s": _rounded(record.ttft_s),
         "duration_s": _rounded(record.duration_s),
+        "recomputed": len(record.recomputed_s) or None,
         "client": record.client,
         "trace_id": record.trace_id,
     }

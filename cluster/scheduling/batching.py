@@ -211,6 +211,7 @@ class Scheduler:
             scores=tuple(sequence.scores) if reason and sequence.request.score_only else (),
             num_cached_tokens=sequence.num_cached,
             queued_s=sequence.queued_s,
+            num_restarts=sequence.num_restarts,
             error=error,
         )
 
