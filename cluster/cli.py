@@ -19,19 +19,22 @@ from tightfit.cluster.config import (
     ProbeConfig,
     QuantizeConfig,
     ServeConfig,
+    TokenConfig,
     client_config,
     plan_config,
     probe_config,
     quantize_config,
     read_config_file,
     serve_config,
+    start_plan_config,
+    token_config,
 )
 from tightfit.cluster.errors import ConfigError, TightfitError
 from tightfit.cluster.settings import Setting, settings
 from tightfit.workers.errors import WorkerError
 from tightfit.workers.logs import FORMATS, LEVELS, configure_logs
 
-Section = type[ServeConfig | ClientConfig | QuantizeConfig | PlanConfig | ProbeConfig]
+Section = type[ServeConfig | ClientConfig | QuantizeConfig | PlanConfig | ProbeConfig | TokenConfig]
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -66,7 +69,10 @@ class _UsageError(ConfigError):
 
 def _serve(args: argparse.Namespace) -> int:
     try:
-        config = serve_config(_file(args), _flags(args, ServeConfig))
+        file = _file(args)
+        config = serve_config(file, _flags(args, ServeConfig))
+        is_planned = config.plan is None and config.stages is None
+        plan_config = start_plan_config(file, config) if is_planned else None
     except ConfigError as error:
         raise _UsageError(str(error)) from None
     configure_logs(level=args.log_level, log_format=args.log_format)
@@ -76,7 +82,7 @@ def _serve(args: argparse.Namespace) -> int:
     ray_environment.prepare(is_private=config.ray_address is None)
     from tightfit.cluster.deployment import serve
 
-    return serve(config)
+    return serve(config, plan_config)
 
 
 def _quantize(args: argparse.Namespace) -> int:
@@ -128,6 +134,20 @@ def _drain(args: argparse.Namespace) -> int:
     from tightfit.cluster.cli_client import drain
 
     return drain(config)
+
+
+def _token(args: argparse.Namespace) -> int:
+    try:
+        config = token_config(_file(args), _flags(args, TokenConfig))
+    except ConfigError as error:
+        raise _UsageError(str(error)) from None
+    from tightfit.cluster import token_command
+
+    if args.action == "create":
+        return token_command.create(config, args.name)
+    if args.action == "revoke":
+        return token_command.revoke(config, args.name)
+    return token_command.show(config, as_json=args.json)
 
 
 def _client(args: argparse.Namespace) -> ClientConfig:
@@ -237,9 +257,25 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config(drain, ClientConfig)
     drain.set_defaults(run=_drain)
 
+    _add_token(commands.add_parser("token", help="make, list and revoke callers' tokens"))
+
     bench = commands.add_parser("bench", help="measure a running service: `tightfit bench serve`")
     bench.add_argument("what", choices=["serve"], help="see `tightfit bench serve --help`")
     return parser
+
+
+def _add_token(parser: argparse.ArgumentParser) -> None:
+    """`tightfit token create NAME`, `list`, `revoke NAME`."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    create = actions.add_parser("create", help="add a token, and print it this once")
+    revoke = actions.add_parser("revoke", help="remove a token: services refuse it within seconds")
+    show = actions.add_parser("list", help="show names, roles and limits")
+    for action in (create, revoke):
+        action.add_argument("name", metavar="NAME", help="whose it is, in logs and in the list")
+    for action in (create, revoke, show):
+        _add_config(action, TokenConfig)
+        action.set_defaults(run=_token)
+    show.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_config(parser: argparse.ArgumentParser, section: Section) -> None:

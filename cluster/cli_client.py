@@ -15,8 +15,9 @@ from rich.table import Table
 
 from tightfit.client import Chunk, Client, TightfitRpcError
 from tightfit.client import Message as ChatMessage
+from tightfit.client._security import connect_options
 from tightfit.cluster.config import ClientConfig
-from tightfit.cluster.errors import UnavailableError
+from tightfit.cluster.errors import ConfigError, UnavailableError
 from tightfit.cluster.units import format_bytes
 
 SAMPLING = (
@@ -29,10 +30,31 @@ WIDE_COLUMNS = 110
 """Width from which on the status has every column."""
 
 
+def _client(config: ClientConfig) -> Client:
+    """A client with the certificates and the token of a configuration.
+
+    Raises:
+        ConfigError: a file of them cannot be used, or the token would travel for all to read.
+    """
+    try:
+        options = connect_options(
+            config.target,
+            tls=config.tls,
+            ca=config.tls_ca,
+            cert=config.tls_cert,
+            key=config.tls_key,
+            token_file=config.token_file,
+            insecure_token=config.insecure_token,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return Client(config.target, timeout_s=config.timeout_s, **options)
+
+
 @contextmanager
 def connected(config: ClientConfig) -> Iterator[Client]:
     """A client of the service at `config.target`; its errors become ours, with the address."""
-    with Client(config.target, timeout_s=config.timeout_s) as client:
+    with _client(config) as client:
         try:
             yield client
         except TightfitRpcError as error:
@@ -139,6 +161,11 @@ def print_status(answer: dict[str, Any], console: Console) -> None:
         f"{load['preemptions']} preemptions",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
+    if answer["better_plan"]:
+        console.print(
+            f"a better plan has become possible: {answer['better_plan']}; a restart takes it",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
     if answer["stages"]:
         console.print(stage_table(answer["stages"], console.width))
 
@@ -164,7 +191,7 @@ def _stage_row(stage: dict[str, Any]) -> dict[str, str]:
         "layers": f"{stage['first_layer']}-{stage['end_layer'] - 1}",
         "format": stage["format"],
         "KV": stage["kv_format"],
-        "device": stage["device"],
+        "device": stage["planned_device"] or stage["device"],
         "pid": str(stage["pid"]),
         "busy": f"{100 * stage['busy_share']:.0f} %",
         "predicted": format_bytes(memory["predicted_weight_bytes"]),

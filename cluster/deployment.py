@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 import sys
 import threading
@@ -14,31 +15,31 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from tightfit import __version__
-from tightfit.cluster.config import ServeConfig, split_address
+from tightfit.cluster.arrangement import Arrangement, arrange, arrange_early, compare
+from tightfit.cluster.config import PlanConfig, ServeConfig, split_address
 from tightfit.cluster.engine import Engine, ModelInfo
-from tightfit.cluster.errors import ConfigError
+from tightfit.cluster.gateway.auth import GatewaySecurity
 from tightfit.cluster.gateway.server import GatewayServer
 from tightfit.cluster.gateway.watch import Tracer
-from tightfit.cluster.launch import (
-    ModelDescription,
-    RayOptions,
-    RaySession,
-    StageGroup,
-    describe_model,
-)
-from tightfit.cluster.metrics import Metrics, MetricsServer
-from tightfit.cluster.monitor import Monitor
+from tightfit.cluster.launch import RayOptions, RaySession, StageGroup
+from tightfit.cluster.live import Surroundings
+from tightfit.cluster.metrics import Metrics
+from tightfit.cluster.model import ModelDescription, describe_model
+from tightfit.cluster.observing import show, start_tracing
 from tightfit.cluster.pipeline import LinkedStages, Pipeline
-from tightfit.cluster.planning.memory import plan_stages
+from tightfit.cluster.placement import Placement
 from tightfit.cluster.progress import LoadView
+from tightfit.cluster.replanning import PlanWatch, better_plan
 from tightfit.cluster.scheduling.batching import Scheduler, SchedulerConfig
+from tightfit.cluster.security.audit import STANDARD_ERROR, AuditLog
+from tightfit.cluster.security.store import TokenStore
+from tightfit.cluster.security.tls import ServerTls
 from tightfit.cluster.tokenizer import Tokenizer, load_tokenizer
-from tightfit.workers.api import LoadProgress, StageSpec, StageStatus
-from tightfit.workers.model_formats import ModelFormats, model_formats
+from tightfit.workers.api import LoadProgress, StageStatus
 from tightfit.workers.shard_bytes import format_label
 
 log = logging.getLogger(__name__)
@@ -58,90 +59,57 @@ class Replica:
     statuses: tuple[StageStatus, ...]
 
 
-def chosen_formats(config: ServeConfig, model: ModelDescription) -> ModelFormats:
-    """The formats of the model's parts.
-
-    Raises:
-        ConfigError: they do not go together.
-    """
-    try:
-        return model_formats(
-            model.config,
-            config.format,
-            head=config.head_format,
-            kv=config.kv_format,
-            embedding_place=config.embedding_place,
-            outlier_threshold=config.llm_int8_threshold,
-            device=config.device,
-        )
-    except ValueError as error:
-        raise ConfigError(f"head_format: {error}") from error
-
-
-def stage_specs(config: ServeConfig, model: ModelDescription) -> list[StageSpec]:
-    """The stages, layers split by bytes.
-
-    Raises:
-        ConfigError: formats that do not go together.
-        PlacementError: more stages than layers, or a shard over its budget.
-    """
-    ranges = plan_stages(
-        model.config,
-        chosen_formats(config, model),
-        num_stages=config.stages,
-        budget_bytes=config.memory_budget_bytes,
-        kv_blocks=config.kv_blocks,
-        block_size=config.block_size,
-        max_batch_tokens=config.max_batch_tokens,
-        balance=config.balance,
-    )
-    return [
-        StageSpec(
-            model_path=str(model.path),
-            stage_index=index,
-            num_stages=len(ranges),
-            first_layer=first,
-            end_layer=end,
-            format=config.format,
-            head_format=config.head_format,
-            kv_format=config.kv_format,
-            embedding_place=config.embedding_place,
-            llm_int8_threshold=config.llm_int8_threshold,
-            device=config.device,
-            memory_budget_bytes=config.memory_budget_bytes,
-            block_size=config.block_size,
-            num_kv_blocks=config.kv_blocks,
-            max_kv_blocks=config.max_kv_blocks,
-            max_batch_tokens=config.max_batch_tokens,
-            num_threads=config.threads_per_stage,
-        )
-        for index, (first, end) in enumerate(ranges)
-    ]
-
-
 def ray_options(config: ServeConfig) -> RayOptions:
-    """How to reach, or start, Ray."""
+    """How to reach, or start, Ray. A private cluster gives out this machine's cores, and more where
+    more are asked for."""
+    threads = config.threads_per_stage or 1
+    cores = len(os.sched_getaffinity(0))
     return RayOptions(
         address=config.ray_address,
-        num_cpus=config.stages * config.threads_per_stage,
-        threads_per_stage=config.threads_per_stage,
-        gpus_per_stage=1 if config.device == "cuda" else 0,
+        num_cpus=max(cores, (config.stages or 1) * threads),
+        threads_per_stage=threads,
         strategy=config.ray_strategy,
         placement_timeout_s=config.placement_timeout_s,
+        insecure=config.insecure_ray,
     )
+
+
+def gateway_security(config: ServeConfig) -> GatewaySecurity:
+    """What the gateway asks of callers.
+
+    Raises:
+        ConfigError: a file of it cannot be used.
+    """
+    client_ca = Path(config.tls_client_ca) if config.tls_client_ca is not None else None
+    credentials = None
+    if config.tls_cert is not None and config.tls_key is not None:
+        credentials = ServerTls(
+            Path(config.tls_cert), Path(config.tls_key), client_ca
+        ).credentials()
+    tokens = TokenStore(Path(config.tokens_file)) if config.tokens_file is not None else None
+    target = config.audit_log or (STANDARD_ERROR if config.has_authentication else None)
+    audit = AuditLog(target) if target is not None else None
+    if config.insecure_listen and (credentials is None or not config.has_authentication):
+        log.warning(
+            "insecure_listen: %s asks for %s and %s",
+            config.listen,
+            "no encryption" if credentials is None else "encryption",
+            "no authentication" if not config.has_authentication else "authentication",
+        )
+    return GatewaySecurity(credentials=credentials, tokens=tokens, audit=audit)
 
 
 def start_replica(
     session: RaySession,
-    config: ServeConfig,
-    specs: list[StageSpec],
+    arrangement: Arrangement,
     on_lost: Callable[[str], None],
     cleanup: ExitStack,
     *,
     check: Callable[[], None],
 ) -> Replica:
     """Place, load and wire the stages; `cleanup` ends them, `check` may raise to end the load."""
-    group = StageGroup(session, specs, on_lost=on_lost)
+    specs = arrangement.specs
+    group = StageGroup(session, specs, places=arrangement.places, on_lost=on_lost)
     cleanup.callback(group.close)
     group.place()
     labels = [f"stage {spec.stage_index}" for spec in specs]
@@ -151,18 +119,22 @@ def start_replica(
             check()
             view.update(labels[index], progress)
 
-        statuses = group.load(timeout_s=config.load_timeout_s, progress=report)
+        timeout_s = arrangement.config.load_timeout_s
+        statuses = group.load(timeout_s=timeout_s, progress=report)
+    for line in compare(arrangement, statuses):
+        print(line, file=sys.stderr)
     return Replica(group=group, links=group.connect(epoch=FIRST_EPOCH), statuses=tuple(statuses))
 
 
 def make_engine(
-    config: ServeConfig,
+    placement: Placement,
     model: ModelDescription,
     replica: Replica,
     tokenizer: Tokenizer,
     metrics: Metrics,
 ) -> Engine:
     """The engine of a loaded replica; not started."""
+    config, num_stages = placement.config, len(placement.specs)
     # A block id means the same on every stage: the smallest cache decides.
     num_blocks = min(status.memory.num_kv_blocks for status in replica.statuses)
     limit = min(config.max_context or model.config.max_position, model.config.max_position)
@@ -177,62 +149,38 @@ def make_engine(
             max_queued_tokens=config.max_queued_tokens,
             max_context_tokens=limit,
             vocab_size=model.config.vocab_size,
-            num_stages=config.stages,
+            num_stages=num_stages,
             eos_token_ids=eos,
             enable_prefix_cache=config.prefix_cache,
         )
     )
-    pipeline = Pipeline(replica.links, max_in_flight=config.stages)
+    pipeline = Pipeline(replica.links, max_in_flight=num_stages)
     pipeline.begin_epoch(FIRST_EPOCH)
-    info = ModelInfo(
-        name=config.model_name,
-        family=model.config.family,
-        num_layers=model.config.num_layers,
-        vocab_size=model.config.vocab_size,
-        max_context_tokens=scheduler.config.max_context,
-        weight_format=format_label(model.config, chosen_formats(config, model)),
-        eos_token_ids=eos,
-        num_stages=config.stages,
-    )
-    metrics.set_model(
-        version=__version__, model=info.name, family=info.family, weight_format=info.weight_format
-    )
     return Engine(
         scheduler,
         pipeline,
-        model=info,
+        model=ModelInfo(
+            name=config.model_name,
+            family=model.config.family,
+            num_layers=model.config.num_layers,
+            vocab_size=model.config.vocab_size,
+            max_context_tokens=scheduler.config.max_context,
+            weight_format=format_label(model.config, placement.formats),
+            eos_token_ids=eos,
+            num_stages=num_stages,
+        ),
         metrics=metrics,
         stage_statuses=replica.group.statuses,
         num_traced_steps=0 if config.trace_endpoint is None else config.trace_steps,
     )
 
 
-def start_tracing(config: ServeConfig, cleanup: ExitStack) -> Tracer | None:
-    """Where traces go; None: nowhere. `cleanup` sends what is left.
-
-    Raises:
-        ConfigError: OpenTelemetry is not installed.
-    """
-    if config.trace_endpoint is None:
-        return None
-    try:
-        from tightfit.cluster.tracing import Tracing, otlp_exporter
-    except ImportError as error:
-        raise ConfigError(
-            f"trace_endpoint: {error}. Install it with: pip install 'tightfit-serve[tracing]'"
-        ) from error
-    tracing = Tracing(
-        otlp_exporter(config.trace_endpoint),
-        model=config.model_name,
-        version=__version__,
-        share=config.trace_share,
-    )
-    cleanup.callback(tracing.close)
-    return tracing
-
-
-def serve(config: ServeConfig) -> int:
+def serve(config: ServeConfig, plan_config: PlanConfig | None = None) -> int:
     """Serve until SIGTERM (running streams finish first) or SIGINT; returns the exit code.
+
+    Args:
+        config: of the service.
+        plan_config: how to plan, where neither a plan nor a number of stages is given.
 
     Raises:
         TightfitError, WorkerError: it could not start, or the pipeline was lost; everything that
@@ -241,35 +189,69 @@ def serve(config: ServeConfig) -> int:
     """
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with ExitStack() as cleanup, Interrupts() as interrupts:
+        security = gateway_security(config)
         tracer = start_tracing(config, cleanup)
         model = describe_model(config.model)
-        _announce(config, model)
-        specs = stage_specs(config, model)
+        early = arrange_early(config, model)
         loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
         cleanup.callback(loader.shutdown, wait=False, cancel_futures=True)
         tokenizer = loader.submit(
             load_tokenizer, model.path, eos_token_ids=model.config.eos_token_ids
         )
-        registry = CollectorRegistry()
-        metrics = Metrics(registry, num_stages=len(specs))
-        session = RaySession(ray_options(config))
+        session = RaySession(ray_options(config if early is None else early.config))
         cleanup.callback(session.close)
+        interrupts.check()
+        arrangement = arrange(session, config, model, early, plan_config)
+        budget, placement, config = (
+            config.memory_budget_bytes,
+            arrangement.placement,
+            arrangement.config,
+        )
+        _announce(placement, model)
+        registry = CollectorRegistry()
+        metrics = Metrics(registry, num_stages=len(arrangement.specs))
         lost = LostStage()
         interrupts.check()
-        replica = start_replica(
-            session, config, specs, lost.report, cleanup, check=interrupts.check
-        )
-        engine = make_engine(config, model, replica, tokenizer.result(), metrics)
+        replica = start_replica(session, arrangement, lost.report, cleanup, check=interrupts.check)
+        engine = make_engine(placement, model, replica, tokenizer.result(), metrics)
         lost.tell(engine.fail)
-        monitor = Monitor(engine, metrics)
-        cleanup.callback(monitor.close)
-        monitor.start()
-        if config.metrics_listen is not None:
-            host, port = split_address(config.metrics_listen)
-            cleanup.callback(MetricsServer(registry, host, port).close)
+        show(config, engine, metrics, registry, cleanup)
+        watch = watch_plan(arrangement, engine, cpu_budget_bytes=budget)
+        if watch is not None:
+            watch.start()
+            cleanup.callback(watch.close)
         gc.collect()
         gc.freeze()  # nothing of the start-up is garbage later
-        return asyncio.run(_serve(config, engine, tokenizer.result(), metrics, tracer, interrupts))
+        return asyncio.run(
+            _serve(config, engine, tokenizer.result(), metrics, tracer, security, interrupts)
+        )
+
+
+def watch_plan(
+    arrangement: Arrangement, engine: Engine, *, cpu_budget_bytes: int | None
+) -> PlanWatch | None:
+    """Looks for a better plan while the engine serves; None where there is no plan, or it is not
+    wanted. Not started."""
+    plan, request, config = arrangement.placement.plan, arrangement.request, arrangement.config
+    if plan is None or request is None or config.replan_interval_s == 0:
+        return None
+    around = Surroundings(
+        plan,
+        request.inventory.devices,
+        arrangement.places,
+        cpu_budget_bytes=cpu_budget_bytes,
+    )
+
+    def look() -> str | None:
+        inventory = around.inventory()
+        return better_plan(request, plan, inventory, max_kv_blocks=config.max_kv_blocks)
+
+    def tell(news: str | None) -> None:
+        engine.better_plan = news or ""
+        if news is not None:
+            print(f"a better plan has become possible: {news}; a restart takes it", file=sys.stderr)
+
+    return PlanWatch(look, config.replan_interval_s, tell)
 
 
 class LostStage:
@@ -297,14 +279,14 @@ class LostStage:
             listener(reason)
 
 
-def _announce(config: ServeConfig, model: ModelDescription) -> None:
-    formats = chosen_formats(config, model)
+def _announce(placement: Placement, model: ModelDescription) -> None:
+    config, formats = placement.config, placement.formats
     source = model.source_format + (", its numbers as stored" if formats.stored else "")
     keys = "" if formats.kv == formats.activations else f" with keys and values in {formats.kv}"
     fmt = format_label(model.config, formats)
     print(
         f"{config.model_name}: {model.config.family}, {model.config.num_layers} layers, from "
-        f"{source}, as {fmt}{keys} on {config.stages} stage(s)",
+        f"{source}, as {fmt}{keys} on {len(placement.specs)} stage(s)",
         file=sys.stderr,
     )
     for note in model.config.notes:
@@ -348,6 +330,7 @@ async def _serve(
     tokenizer: Tokenizer,
     metrics: Metrics,
     tracer: Tracer | None,
+    security: GatewaySecurity,
     interrupts: Interrupts,
 ) -> int:
     """Answer until a signal or a drain ends it."""
@@ -356,10 +339,12 @@ async def _serve(
     loop.add_signal_handler(signal.SIGINT, stop.set)
     loop.add_signal_handler(signal.SIGTERM, drain.set)
     interrupts.check()
-    gateway = GatewayServer(engine, tokenizer, metrics, tracer=tracer)
+    gateway = GatewayServer(engine, tokenizer, metrics, security, tracer=tracer)
     host, port = split_address(config.listen)
     try:
         bound = await gateway.start(host, port)
+        if config.health_listen is not None:
+            await gateway.start_health(*split_address(config.health_listen))
         print(f"ready: {config.model_name} on {host}:{bound}", flush=True)
         waits = [
             asyncio.create_task(event.wait()) for event in (stop, drain, gateway.drain_requested)

@@ -56,6 +56,8 @@ class DeploymentStatus:
     num_in_flight: int
     counts: SchedulerCounts
     stages: tuple[StageStatus, ...]
+    better_plan: str = ""
+    """What a restart would make better; empty: nothing that is known."""
 
 
 class RequestStream:
@@ -142,6 +144,8 @@ class Engine:
         num_traced_steps: int = 0,
     ) -> None:
         self.model_info = model
+        self.better_plan = ""
+        """See `DeploymentStatus`; set from any thread."""
         self._scheduler = scheduler
         self._pipeline = pipeline
         self._metrics = metrics
@@ -279,6 +283,7 @@ class Engine:
             num_in_flight=self._pipeline.num_in_flight,
             counts=counts,
             stages=() if self._failure else tuple(self._stage_statuses()),
+            better_plan=self.better_plan,
         )
 
     def stop(self) -> None:

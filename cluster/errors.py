@@ -2,6 +2,8 @@
 
 TightfitError
 ├── InvalidRequestError     INVALID_ARGUMENT
+├── UnauthenticatedError    UNAUTHENTICATED
+├── ForbiddenError          PERMISSION_DENIED
 ├── ModelNotFoundError      NOT_FOUND
 ├── OverloadedError         RESOURCE_EXHAUSTED
 ├── DeadlineError           DEADLINE_EXCEEDED
@@ -32,6 +34,18 @@ class InvalidRequestError(TightfitError):
         """`field` as the proto spells it, dotted; `problem`: the value seen and the remedy."""
         super().__init__(f"{field}: {problem}")
         self.field = field
+
+
+class UnauthenticatedError(TightfitError):
+    """The call carries no token, or none that is in force."""
+
+    status = "UNAUTHENTICATED"
+
+
+class ForbiddenError(TightfitError):
+    """The token is in force, but its role is not enough."""
+
+    status = "PERMISSION_DENIED"
 
 
 class ModelNotFoundError(TightfitError):

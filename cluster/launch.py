@@ -9,9 +9,8 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -20,17 +19,21 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tightfit.cluster.errors import ConfigError, PlacementError, UnavailableError
-from tightfit.cluster.hub import resolve_model
+from tightfit.cluster.nodes import alive_nodes, probe_nodes
 from tightfit.cluster.pipeline import LinkedStages
+from tightfit.cluster.placement import Place
+from tightfit.cluster.ray_authentication import answers_anyone
 from tightfit.workers.actor import StageActor
 from tightfit.workers.api import LoadProgress, StageSpec, StageStatus
-from tightfit.workers.checkpoint import open_checkpoint
-from tightfit.workers.decoder_config import DecoderConfig, decoder_config
 from tightfit.workers.errors import WorkerError
 from tightfit.workers.logs import log_environment
+from tightfit.workers.model_formats import AUTO
+from tightfit.workers.probing.result import NodeProbe
 
 log = logging.getLogger(__name__)
 
+NODE_ID_LABEL = "ray.io/node-id"
+"""That Ray gives each node."""
 CONTROL_TIMEOUT_S = 30.0
 PROGRESS_POLL_S = 0.25
 OBJECT_STORE_BYTES = 80 * 2**20
@@ -53,19 +56,20 @@ class RayOptions:
     num_cpus: int = 1
     """Logical CPUs of a private cluster."""
     threads_per_stage: int = 1
-    """CPUs that each stage reserves."""
-    gpus_per_stage: int = 0
+    """CPUs that each stage reserves, if it does not say so itself."""
     strategy: str = "PACK"
     """Ray's placement strategy for the stages: PACK, SPREAD, STRICT_PACK or STRICT_SPREAD."""
     placement_timeout_s: float = 60.0
     """How long to wait for the cluster to have room."""
+    insecure: bool = False
+    """Join a cluster that asks nobody for a token."""
 
 
 class RaySession:
     """A connection to Ray; when the cluster is private, the cluster itself.
 
     Raises:
-        ConfigError: the cluster at `address` cannot be reached.
+        ConfigError: the cluster at `address` cannot be reached, or asks nobody for a token.
     """
 
     def __init__(self, options: RayOptions) -> None:
@@ -88,8 +92,22 @@ class RaySession:
             except (ConnectionError, RuntimeError) as error:
                 raise ConfigError(
                     f"no Ray cluster answers at {options.address}: {error}. Start one with "
-                    "`ray start --head`, or leave the address out to start a private one"
+                    "`ray start --head`, or leave the address out to start a private one. One that "
+                    "runs answers only who has its token (RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH)"
                 ) from error
+            self._refuse_an_open_cluster()
+
+    def _refuse_an_open_cluster(self) -> None:
+        if self.options.insecure:
+            return
+        address = ray.get_runtime_context().gcs_address
+        if answers_anyone(address):
+            ray.shutdown()
+            raise ConfigError(
+                f"the Ray cluster at {address} answers without a token: whoever reaches its ports "
+                "can run code on its nodes. Start its nodes with RAY_AUTH_MODE=token and the same "
+                "RAY_AUTH_TOKEN, or say serve.insecure_ray"
+            )
 
     def _start_private(self, common: dict[str, Any]) -> None:
         """Start Ray for this process alone; what was started is ended when that fails halfway."""
@@ -113,6 +131,11 @@ class RaySession:
     @staticmethod
     def _children_since(before: set[psutil.Process]) -> list[psutil.Process]:
         return [p for p in psutil.Process().children(recursive=True) if p not in before]
+
+    @property
+    def has_gpus(self) -> bool:
+        """Some node of the cluster has one to give out."""
+        return bool(ray.cluster_resources().get("GPU", 0))
 
     @property
     def is_private(self) -> bool:
@@ -143,11 +166,37 @@ class RaySession:
         shutil.rmtree(self._temp_dir, ignore_errors=True)
 
 
-def _stage_environment(threads: int) -> dict[str, str]:
-    """Variables of a stage's process; libgomp reads its own once, before the first operation."""
+def probe_cluster(address: str, device: str, *, insecure: bool) -> list[NodeProbe]:
+    """What every node of a Ray cluster measures of itself.
+
+    Raises:
+        ConfigError: the cluster cannot be reached, or asks nobody for a token.
+        PlacementError: see `probe_nodes`.
+    """
+    session = RaySession(RayOptions(address=address, insecure=insecure))
+    try:
+        return probe_nodes(alive_nodes(), "all" if device == AUTO else device)
+    finally:
+        session.close()
+
+
+def _stage_environment(threads: int, gpu_uuid: str | None) -> dict[str, str]:
+    """Variables of a stage's process; libgomp reads its own once, before the first operation.
+
+    Ray counts GPUs, and would give a stage any one of its node: a stage that is planned on a
+    certain one sees that one, and Ray is told to leave the variable alone.
+    """
     spin = os.environ.get("GOMP_SPINCOUNT", str(SPIN_COUNT))
-    own = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": spin, "PYTHONSAFEPATH": "1"}
-    return {**own, **log_environment()}
+    environment = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": spin, "PYTHONSAFEPATH": "1"}
+    environment |= log_environment()
+    if gpu_uuid is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = f"GPU-{gpu_uuid.removeprefix('GPU-')}"
+        environment["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"
+    return environment
+
+
+def _amounts(resources: Mapping[str, float], names: Sequence[str]) -> str:
+    return ", ".join(f"{resources.get(name, 0):g} {name}" for name in names)
 
 
 class StageGroup:
@@ -156,6 +205,7 @@ class StageGroup:
     Args:
         session: a connection to Ray.
         specs: the stages, first to last.
+        places: the device of each; none: Ray chooses, by its strategy.
         on_lost: called once, from a thread, with the reason, when a stage ends unasked.
     """
 
@@ -164,10 +214,12 @@ class StageGroup:
         session: RaySession,
         specs: Sequence[StageSpec],
         *,
+        places: Sequence[Place] = (),
         on_lost: Callable[[str], None] | None = None,
     ) -> None:
         self._session = session
         self.specs = tuple(specs)
+        self._places = tuple(places)
         self._on_lost = on_lost
         self._group: PlacementGroup | None = None
         self._actors: list[Any] = []
@@ -187,36 +239,57 @@ class StageGroup:
             PlacementError: the cluster has no room within the time limit.
         """
         options = self._session.options
-        bundle: dict[str, float] = {"CPU": options.threads_per_stage}
-        if options.gpus_per_stage:
-            bundle["GPU"] = options.gpus_per_stage
-        self._group = placement_group([dict(bundle) for _ in self.specs], options.strategy)
+        bundles = [self._bundle(spec) for spec in self.specs]
+        selectors = [{NODE_ID_LABEL: place.ray_node_id} for place in self._places]
+        self._group = placement_group(
+            [dict(bundle) for bundle in bundles],
+            options.strategy if not selectors else "PACK",
+            bundle_label_selector=selectors,
+        )
         if not self._group.wait(options.placement_timeout_s):
-            raise PlacementError(self._why_no_room(bundle))
+            raise PlacementError(self._why_no_room(bundles))
         nodes = [node for node in ray.nodes() if node["Alive"]]
         several = len(nodes) > 1
-        for index, spec in enumerate(self.specs):
-            self._actors.append(self._start_actor(index, spec, bundle, several))
+        for index, bundle in enumerate(bundles):
+            self._actors.append(self._start_actor(index, bundle, several))
 
-    def _why_no_room(self, bundle: dict[str, float]) -> str:
-        wanted = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+    def _bundle(self, spec: StageSpec) -> dict[str, float]:
+        """What Ray reserves for a stage."""
+        gpus = {"GPU": 1.0} if spec.device.startswith("cuda") else {}
+        return {"CPU": self._threads(spec), **gpus}
+
+    def _threads(self, spec: StageSpec) -> int:
+        return spec.num_threads or self._session.options.threads_per_stage
+
+    def _why_no_room(self, bundles: Sequence[dict[str, float]]) -> str:
+        names = sorted({name for bundle in bundles for name in bundle})
+        wanted = "; ".join(
+            f"stage {index}: {_amounts(bundle, names)}"
+            + (f" on {self._node_of(index)}" if self._places else "")
+            for index, bundle in enumerate(bundles)
+        )
         free = ray.available_resources()
         there = "; ".join(
-            f"{node['NodeManagerAddress']}: "
-            + ", ".join(f"{node['Resources'].get(name, 0):g} {name}" for name in bundle)
+            f"{node['NodeManagerAddress']}: {_amounts(node['Resources'], names)}"
             for node in ray.nodes()
             if node["Alive"]
         )
-        now_free = ", ".join(f"{free.get(name, 0):g} {name}" for name in bundle)
+        how = "" if self._places else f" ({self._session.options.strategy})"
         return (
-            f"no room for {len(self.specs)} stage(s) of {wanted} each "
-            f"({self._session.options.strategy}) within "
-            f"{self._session.options.placement_timeout_s:g} s. The cluster has {there}; free now: "
-            f"{now_free}. Add a node, or ask for fewer stages or threads"
+            f"no room for {len(self.specs)} stage(s){how} within "
+            f"{self._session.options.placement_timeout_s:g} s: {wanted}. The cluster has {there}; "
+            f"free now: {_amounts(free, names)}. Add a node, end what holds them, or ask for fewer "
+            "stages or threads"
         )
 
-    def _start_actor(self, index: int, spec: StageSpec, bundle: dict[str, float], tcp: bool) -> Any:
-        threads = spec.num_threads or self._session.options.threads_per_stage
+    def _node_of(self, index: int) -> str:
+        ray_id = self._places[index].ray_node_id
+        found = [n["NodeManagerAddress"] for n in ray.nodes() if n["NodeID"] == ray_id]
+        return found[0] if found else "a node that is gone"
+
+    def _start_actor(self, index: int, bundle: dict[str, float], tcp: bool) -> Any:
+        spec = self.specs[index]
+        uuid = self._places[index].gpu_uuid if self._places else None
         actor_class = ray.remote(StageActor)
         return actor_class.options(
             num_cpus=bundle["CPU"],
@@ -227,7 +300,7 @@ class StageGroup:
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 self._group, placement_group_bundle_index=index
             ),
-            runtime_env={"env_vars": _stage_environment(threads)},
+            runtime_env={"env_vars": _stage_environment(self._threads(spec), uuid)},
         ).remote(spec, self._run_dir, ray.util.get_node_ip_address() if tcp else None)
 
     # -- loading -----------------------------------------------------------------------------
@@ -342,32 +415,3 @@ class StageGroup:
         if self._group is not None:
             remove_placement_group(self._group)
         shutil.rmtree(self._run_dir, ignore_errors=True)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelDescription:
-    """What is known of a checkpoint before any of its weights are read."""
-
-    path: Path
-    config: DecoderConfig
-    source_format: str
-    """What its files hold."""
-
-
-def describe_model(model: str) -> ModelDescription:
-    """Find and describe the checkpoint that MODEL names.
-
-    Raises:
-        ConfigError: nothing is there.
-        WorkerError: it cannot be read, or its family or a setting is not supported.
-    """
-    path = resolve_model(model)
-    checkpoint = open_checkpoint(path)
-    try:
-        return ModelDescription(
-            path=path,
-            config=decoder_config(checkpoint.config),
-            source_format=checkpoint.source_format,
-        )
-    finally:
-        checkpoint.close()

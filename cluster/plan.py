@@ -13,24 +13,16 @@ from pathlib import Path
 from tightfit.cluster.config import PlanConfig
 from tightfit.cluster.errors import ConfigError, PlacementError
 from tightfit.cluster.hub import download_config, parse_hub_name
+from tightfit.cluster.planning.ask import plan_request
 from tightfit.cluster.planning.assembly import make_plan
 from tightfit.cluster.planning.explain import explain, why_not
 from tightfit.cluster.planning.inventory import CONFIGS, Inventory, read_inventory
-from tightfit.cluster.planning.memory import Reserve
 from tightfit.cluster.planning.picture import picture
 from tightfit.cluster.planning.plan import dump_plan
 from tightfit.cluster.planning.planner import solve
-from tightfit.cluster.planning.pools import Objective
 from tightfit.cluster.planning.report import report
-from tightfit.cluster.planning.request import PlanRequest, Spare
-from tightfit.cluster.planning.sensitive import with_best_mix
 from tightfit.cluster.settings import as_mapping, read_yaml
-from tightfit.kernels.formats import Format
 from tightfit.workers.decoder_config import decoder_config
-from tightfit.workers.model_formats import AUTO
-from tightfit.workers.sensitivity import load_sensitivities
-
-DEFAULT_CONTEXT = 2048
 
 
 def plan(config: PlanConfig, *, output: str) -> int:
@@ -44,7 +36,8 @@ def plan(config: PlanConfig, *, output: str) -> int:
         ConfigError: the model's config or the inventory cannot be used.
         PlacementError: the model does not fit; says what lacks and what would do.
     """
-    request = plan_request(config)
+    model = decoder_config(read_model_config(config.model))
+    request = plan_request(config, model, _inventory(config))
     name = _model_name(config.model)
     solution = solve(request)
     if solution is None:
@@ -72,41 +65,6 @@ def plan(config: PlanConfig, *, output: str) -> int:
     else:
         print(report(request, found, explanation))
     return 0
-
-
-def plan_request(config: PlanConfig) -> PlanRequest:
-    """What the planner is asked.
-
-    Raises:
-        ConfigError, PlacementError: see `plan`.
-    """
-    model = decoder_config(read_model_config(config.model))
-    places = ("host", "device") if config.embedding_place == AUTO else (config.embedding_place,)
-    default = (AUTO,) if model.stored is not None else (str(Format.INT4), str(Format.INT8))
-    request = PlanRequest(
-        model=model,
-        inventory=_inventory(config),
-        sequences=config.sequences,
-        context=config.context or min(DEFAULT_CONTEXT, model.max_position),
-        formats=config.format_names or default,
-        is_mixed=config.mixed,
-        head_format=config.head_format,
-        kv_formats=config.kv_format_names,
-        embedding_places=places,
-        min_bits=config.min_bits,
-        spare=Spare(config.spare),
-        objective=Objective(config.objective),
-        max_devices=config.max_devices,
-        max_dollars=config.max_cost,
-        exclude=config.excluded,
-        same_node=config.same_node,
-        pins=config.pinned,
-        block_size=config.block_size,
-        max_batch_tokens=config.max_batch_tokens,
-    )
-    if config.sensitivity is None:
-        return request
-    return with_best_mix(request, load_sensitivities(Path(config.sensitivity)), config.max_loss)
 
 
 def read_model_config(model: str) -> Mapping[str, object]:
@@ -151,6 +109,9 @@ def _model_name(model: str) -> str:
 
 
 def _inventory(config: PlanConfig) -> Inventory:
+    """The devices that the plan may use: listed in a file, or measured."""
+    if config.live:
+        return _measured(config)
     name = config.inventory or ""
     path = Path(name).expanduser()
     shipped = CONFIGS / "inventories" / f"{name}.yaml"
@@ -159,7 +120,20 @@ def _inventory(config: PlanConfig) -> Inventory:
     if not path.exists():
         known = ", ".join(sorted(file.stem for file in shipped.parent.glob("*.yaml")))
         raise ConfigError(f"{name}: no such inventory; those that come with Tightfit: {known}")
-    inventory = read_inventory(path)
-    if config.reserve is None:
-        return inventory
-    return dataclasses.replace(inventory, reserve=Reserve(config.reserve))
+    return read_inventory(path)
+
+
+def _measured(config: PlanConfig) -> Inventory:
+    """Imports torch, or Ray, only now: planning by a file needs neither."""
+    from tightfit.cluster.live import live_inventory, probe_here
+
+    if config.ray_address is None:
+        probes = [probe_here(config.device)]
+    else:
+        from tightfit.cluster import ray_environment
+
+        ray_environment.prepare(is_private=False)
+        from tightfit.cluster.launch import probe_cluster
+
+        probes = probe_cluster(config.ray_address, config.device, insecure=config.insecure_ray)
+    return live_inventory(probes, config.device, cpu_budget_bytes=config.cpu_budget_bytes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +14,12 @@ from rich.table import Table
 
 from tightfit.cluster.config import ProbeConfig
 from tightfit.cluster.errors import ConfigError
+from tightfit.cluster.measured import ROUNDED_TO, inventory_tree, measured_devices
 from tightfit.cluster.units import format_bytes, format_seconds
-from tightfit.kernels.formats import Format
 from tightfit.workers.probe import probe_node
 from tightfit.workers.probing.cache import ProbeCache, cache_directory
 from tightfit.workers.probing.result import (
     DeviceProbe,
-    DeviceRates,
     LinearRate,
     LinkRate,
     NodeProbe,
@@ -29,8 +27,6 @@ from tightfit.workers.probing.result import (
 )
 
 WIDE_COLUMNS = 110
-ROUNDED_TO: Final = 2**20
-"""Free memory is rounded down to this, so that GPUs that nobody uses are alike to the planner."""
 HEADER: Final = """\
 # Written by `tightfit probe`: what was free on this node then, less a reserve, and measured rates.
 # Prices (US dollars an hour) and watts are not measured: put in your own.
@@ -58,68 +54,23 @@ def probe(config: ProbeConfig, *, as_json: bool = False) -> int:
 
 
 def inventory_text(found: NodeProbe, config: ProbeConfig) -> str:
-    """This node as `cluster.planning.inventory` reads it, GPUs first, so that `node:0` is cuda:0.
-
-    Devices of one name are one type, with the slowest one's rates. What could not be measured is
-    left out, as nothing is known that a plan could go by; a comment says so.
+    """This node as `cluster.planning.inventory` reads it. A comment names what was left out.
 
     Raises:
         ConfigError: no device is left, or one has less memory than the budget or reserve takes.
     """
-    devices = [(device, device.rates) for device in found.devices if device.rates is not None]
-    devices.sort(key=lambda pair: pair[0].kind == "cpu")
+    devices = measured_devices(found)
     if not devices:
         raise ConfigError(
             f"there is no device to write to {config.out}: {'; '.join(found.notes) or 'none found'}"
         )
-    alike: dict[str, list[tuple[DeviceProbe, DeviceRates]]] = {}
-    for device, rates in devices:
-        alike.setdefault(_type_name(device), []).append((device, rates))
-    lots = [
-        {
-            "type": _type_name(device),
-            "total": device.memory.total_bytes,
-            "free": _planned_bytes(device, config),
-        }
-        for device, _ in devices
-    ]
-    tree = {
-        "types": {name: _type(same) for name, same in alike.items()},
-        "nodes": [{"name": found.node, "devices": lots}],
-    }
+    tree = inventory_tree([found], lambda device: _planned_bytes(device, config))
     comments = [
         f"# {found.node}:{number} is {device.device}: {device.uuid or device.name}\n"
         for number, (device, _) in enumerate(devices)
     ]
     comments += [f"# Note: {' '.join(note.split())}\n" for note in found.notes]
     return HEADER + "".join(comments) + yaml.safe_dump(tree, sort_keys=False, width=WIDE_COLUMNS)
-
-
-def _type(same: Sequence[tuple[DeviceProbe, DeviceRates]]) -> dict[str, object]:
-    """Devices of one name. Rates of arithmetic are the format's highest, in tera-operations."""
-    first, all_rates = same[0][0], [rates for _, rates in same]
-    fields: dict[str, object] = {
-        "kind": first.kind,
-        "memory": min(device.memory.total_bytes for device, _ in same),
-        "gb_per_s": max(1, round(min(rates.read_bytes_per_s for rates in all_rates) / 1e9)),
-        "fp16_tflops": _tera(min(rates.best(Format.BF16).ops_per_s for rates in all_rates)),
-        "int8_tops": _tera(min(rates.best(Format.LLM_INT8).ops_per_s for rates in all_rates)),
-        "price": 0.0,
-        "watts": 0.0,
-    }
-    if first.capability is not None:
-        fields["capability"] = float(first.capability)
-    return fields
-
-
-def _tera(per_s: float) -> float:
-    return max(0.001, round(per_s / 1e12, 3))
-
-
-def _type_name(device: DeviceProbe) -> str:
-    """Such as `measured-nvidia-l4`, which no type by its data sheet is called."""
-    words = re.findall(r"[a-z0-9]+", device.name.lower()) or [device.kind]
-    return "-".join(["measured", *words])
 
 
 def _planned_bytes(device: DeviceProbe, config: ProbeConfig) -> int:

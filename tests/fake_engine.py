@@ -292,10 +292,10 @@ class FakeEngine:
 class Gateway:
     """A running gateway on a fake engine."""
 
-    def __init__(self, engine, tokenizer):
+    def __init__(self, engine, tokenizer, security=None):
         self.engine = engine
         self.registry = CollectorRegistry()
-        self.server = GatewayServer(engine, tokenizer, Metrics(self.registry))
+        self.server = GatewayServer(engine, tokenizer, Metrics(self.registry), security)
         self.target = ""
 
     def counted(self, name, **labels):
@@ -304,9 +304,9 @@ class Gateway:
 
 
 @asynccontextmanager
-async def serving(engine=None, tokenizer=None):
+async def serving(engine=None, tokenizer=None, security=None):
     """A gateway in this event loop."""
-    gateway = Gateway(engine or FakeEngine(), tokenizer or byte_tokenizer())
+    gateway = Gateway(engine or FakeEngine(), tokenizer or byte_tokenizer(), security)
     port = await gateway.server.start()
     gateway.target = f"127.0.0.1:{port}"
     try:
@@ -324,7 +324,7 @@ async def connected(gateway):
 
 
 @contextmanager
-def serving_in_thread(engine=None, tokenizer=None):
+def serving_in_thread(engine=None, tokenizer=None, security=None):
     """A gateway in an event loop of its own, for blocking clients."""
     ready, stop = Event(), None
     box = {}
@@ -332,7 +332,7 @@ def serving_in_thread(engine=None, tokenizer=None):
     async def run():
         nonlocal stop
         stop = asyncio.Event()
-        async with serving(engine, tokenizer) as gateway:
+        async with serving(engine, tokenizer, security) as gateway:
             box["gateway"], box["loop"] = gateway, asyncio.get_running_loop()
             ready.set()
             await stop.wait()

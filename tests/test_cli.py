@@ -21,7 +21,7 @@ def served(monkeypatch):
     seen = []
     module = types.ModuleType("tightfit.cluster.deployment")
 
-    def serve(config):
+    def serve(config, plan_config):
         seen.append(config)
         return 0
 
@@ -89,6 +89,19 @@ def test_a_command_line_that_makes_no_sense_exits_with_2(arguments, capsys):
     assert "usage: tightfit" in capsys.readouterr().err
 
 
+def test_serve_plans_where_neither_a_plan_nor_stages_are_given(monkeypatch, tmp_path):
+    handed = []
+    module = types.ModuleType("tightfit.cluster.deployment")
+    module.serve = lambda config, plan_config: handed.append(plan_config) or 0
+    monkeypatch.setitem(sys.modules, "tightfit.cluster.deployment", module)
+    file = tmp_path / "t.yaml"
+    file.write_text("serve: {model: m}\nplan: {sequences: 8, context: 512}\n")
+    for flags in ([], ["--stages", "2"], ["--plan", "p.yaml"]):
+        assert cli.main(["serve", "--config", str(file), *flags]) == 0
+    assert (handed[0].model, handed[0].sequences, handed[0].context) == ("m", 8, 512)
+    assert handed[1:] == [None, None]
+
+
 @pytest.mark.parametrize(
     "error",
     [PlacementError("stage 1 lacks 2 GiB"), CheckpointError("a.safetensors", "x", "is truncated")],
@@ -96,7 +109,7 @@ def test_a_command_line_that_makes_no_sense_exits_with_2(arguments, capsys):
 def test_what_the_deployment_refuses_exits_with_1_and_its_words(monkeypatch, capsys, error):
     module = types.ModuleType("tightfit.cluster.deployment")
 
-    def serve(config):
+    def serve(config, plan_config):
         raise error
 
     module.serve = serve

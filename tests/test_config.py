@@ -1,6 +1,5 @@
 """Configuration files and the flags over them."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,8 @@ from tightfit.cluster.config import (
     read_config_file,
     serve_config,
     split_address,
+    start_plan_config,
+    token_config,
 )
 from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.settings import settings
@@ -27,6 +28,7 @@ MAKERS = {
     "quantize": quantize_config,
     "plan": plan_config,
     "probe": probe_config,
+    "token": token_config,
 }
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "configs" / "serve").glob("*.yaml"))
@@ -50,7 +52,7 @@ def test_a_file_and_flags_over_it_make_the_configuration(tmp_path):
 
 
 def test_an_empty_file_leaves_every_default(tmp_path):
-    config = serve_config(read(tmp_path, ""), {"model": "m", "threads_per_stage": 1})
+    config = serve_config(read(tmp_path, ""), {"model": "m"})
     assert config == ServeConfig(model="m")
 
 
@@ -80,7 +82,7 @@ def test_a_file_that_cannot_be_meant_is_refused_with_its_name(tmp_path, text, co
         ("stages", "two", "serve.stages: 'two' is not a whole number"),
         ("stages", True, "serve.stages: True is not a whole number"),
         ("stages", 2.0, "serve.stages: 2.0 is not a whole number"),
-        ("stages", None, "serve.stages: None is not a whole number"),
+        ("max_kv_blocks", None, "serve.max_kv_blocks: None is not a whole number"),
         ("stages", 0, "serve.stages: 0 is less than 1"),
         (
             "format",
@@ -117,11 +119,51 @@ def test_a_null_takes_the_default_where_there_is_none():
     assert serve_config({"serve": {"model": "m", "kv_blocks": None}}).kv_blocks is None
 
 
-def test_stages_share_the_cores_of_a_private_cluster_unless_told_otherwise():
-    cores = len(os.sched_getaffinity(0))
-    assert serve_config({}, {"model": "m"}).threads_per_stage == cores
-    assert serve_config({}, {"model": "m", "stages": 10_000}).threads_per_stage == 1
-    assert serve_config({}, {"model": "m", "threads_per_stage": 7}).threads_per_stage == 7
+def test_a_plan_and_a_number_of_stages_exclude_each_other():
+    with pytest.raises(ConfigError, match=r"serve\.plan and serve\.stages exclude each other"):
+        serve_config({"serve": {"model": "m", "plan": "p.yaml", "stages": 2}})
+
+
+def planned(section, **settings):
+    file = {"serve": {"model": "m", **settings}, "plan": section}
+    return start_plan_config(file, serve_config(file))
+
+
+def test_a_service_plans_by_the_plan_section_and_its_own_settings():
+    config = planned(
+        {"sequences": 8, "context": 512, "exclude": "n1"},
+        format="int4", memory_budget="3GiB", device="cpu", max_batch_tokens=64,
+    )  # fmt: skip
+    assert (config.model, config.live, config.sequences, config.context) == ("m", True, 8, 512)
+    assert (config.format_names, config.kv_format_names) == (("int4",), ("auto",))
+    assert (config.cpu_budget_bytes, config.device, config.max_batch_tokens) == (
+        3 * 2**30,
+        "cpu",
+        64,
+    )
+    assert config.excluded == {"n1"}
+
+
+def test_formats_of_the_plan_section_are_a_choice_and_else_there_is_none():
+    assert planned({}).format_names == ("auto",)
+    chosen = planned({"formats": "int4,int8", "kv_formats": "auto,int8"})
+    assert chosen.format_names == ("int4", "int8")
+    assert chosen.kv_format_names == ("auto", "int8")
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "key"),
+    [
+        ({"inventory": "8xa100-80"}, {}, "inventory"),
+        ({"model": "other"}, {}, "model"),
+        ({"formats": "int8"}, {"format": "int4"}, "formats"),
+        ({"block_size": 32}, {}, "block_size"),
+        ({"ray_address": "auto"}, {}, "ray_address"),
+    ],
+)
+def test_what_the_service_says_itself_is_refused_in_the_plan_section(section, settings, key):
+    with pytest.raises(ConfigError, match=rf"plan\.{key}: .* leave it out"):
+        planned(section, **settings)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +187,53 @@ def test_client_commands_find_the_service_of_the_same_file(listen, target):
     file = {"serve": {"listen": listen}}
     assert client_config(file).target == target
     assert client_config(file, {"target": "elsewhere:1"}).target == "elsewhere:1"
+
+
+CERTIFICATE = {"tls_cert": "c", "tls_key": "k"}
+
+
+@pytest.mark.parametrize(
+    ("listen", "settings"),
+    [
+        ("127.0.0.1:1", {}),
+        ("localhost:1", {}),
+        ("[::1]:1", {}),
+        ("0.0.0.0:1", {**CERTIFICATE, "tokens_file": "t"}),
+        ("[::]:1", {**CERTIFICATE, "tls_client_ca": "a"}),
+        ("0.0.0.0:1", {"insecure_listen": True}),
+        ("0.0.0.0:1", {"insecure_listen": True, "tokens_file": "t"}),
+    ],
+)
+def test_a_service_listens_beyond_its_machine_only_if_secured_or_told_to(listen, settings):
+    assert serve_config({}, {"model": "m", "listen": listen, **settings}).listen == listen
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:1", "[::]:1", "10.0.0.7:1", "gateway.example:1"])
+@pytest.mark.parametrize(
+    ("settings", "missing"),
+    [
+        ({}, r"without TLS \(.*\) and without authentication \("),
+        ({"tokens_file": "t"}, r"without TLS \([^)]*\)\. Give"),
+        (CERTIFICATE, r"without authentication \([^)]*\)\. Give"),
+    ],
+)
+def test_an_unsecured_service_that_others_reach_is_refused(listen, settings, missing):
+    with pytest.raises(ConfigError, match=rf"serve\.listen: .*{missing}.*insecure_listen"):
+        serve_config({}, {"model": "m", "listen": listen, **settings})
+
+
+@pytest.mark.parametrize("section", ["serve", "client"])
+@pytest.mark.parametrize("name", ["tls_cert", "tls_key"])
+def test_half_a_certificate_is_refused(section, name):
+    required = {"serve": {"model": "m"}, "client": {}}[section]
+    with pytest.raises(ConfigError, match=rf"{section}\.tls_cert and {section}\.tls_key go"):
+        MAKERS[section]({}, {**required, name: "f"})
+
+
+def test_tokens_are_made_in_the_file_that_the_service_of_the_same_file_reads():
+    file = {"serve": {"tokens_file": "a"}}
+    assert token_config(file).tokens_file == "a"
+    assert token_config(file, {"tokens_file": "b"}).tokens_file == "b"
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)

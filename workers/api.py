@@ -128,6 +128,8 @@ class StageSpec:
     format: str
     """Of the linear layers: a `kernels.formats.Format`, or "auto": as a quantised checkpoint has
     them, else int8."""
+    layer_formats: list[str] = field(default_factory=list)
+    """The same for each layer of the model, where they differ; empty: all as `format`."""
     head_format: str = "auto"
     """Of the LM head: the same, or "auto": as the layers, int8 where they have fewer bits."""
     kv_format: str = "auto"
@@ -140,6 +142,8 @@ class StageSpec:
     """|activation| from which `llm_int8` keeps a feature's column in 16 bits."""
     device: str = "cpu"
     """torch device name."""
+    planned_device: str = ""
+    """Id of the device in the plan, node:number; empty: Ray chooses."""
     memory_budget_bytes: int | None = None
     """Most bytes for weights, KV cache and workspace together; None: no limit."""
     block_size: int = 16
@@ -233,5 +237,7 @@ class StageStatus:
     """Seconds spent computing since the stage started."""
     uptime_s: float
     memory: StageMemory
+    planned_device: str = ""
+    """As `StageSpec.planned_device`."""
     crossover_tokens: dict[str, int] = field(default_factory=dict)
     """Per operation: tokens from which on the many-token kernel is used."""

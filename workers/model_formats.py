@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -57,6 +57,8 @@ class ModelFormats:
     """Of the blocks' linear layers; where they differ, of most."""
     anew: Format
     """Of the blocks' linear layers that are not held as the checkpoint has them."""
+    anew_by_layer: tuple[Format, ...] = ()
+    """The same for each block, where blocks differ."""
     head: Format
     """Of the LM head."""
     kv: KVFormat
@@ -94,12 +96,13 @@ class ModelFormats:
             return Scheme(format=self.head)
         if layer is None:
             return Scheme(format=self.layers)
-        return Scheme(format=self.anew, group_size=self.group_size)
+        anew = self.anew_by_layer[layer] if self.anew_by_layer else self.anew
+        return Scheme(format=anew, group_size=self.group_size)
 
 
 def model_formats(
     config: DecoderConfig,
-    layers: str = AUTO,
+    layers: str | Sequence[str] = AUTO,
     *,
     head: str = AUTO,
     kv: str = AUTO,
@@ -113,7 +116,7 @@ def model_formats(
         config: the model.
         layers: a `Format`, or "auto": what the checkpoint is quantised to, layer by layer, else
             int8. Where it is quantised to the format that is asked for, its numbers are held as
-            they are; else they are widened and quantised anew.
+            they are; else they are widened and quantised anew. Or one of these for each layer.
         head: a `Format`, or "auto": as the layers, but int8 where they have fewer bits. The head
             picks every token, and is small beside the layers of a large model.
         kv: a `KVFormat` of integers, or "auto": the activations' dtype.
@@ -122,16 +125,22 @@ def model_formats(
         device: torch device name, as `StageSpec.device`.
 
     Raises:
-        ValueError: the head's format has activations of another dtype than the layers'.
+        ValueError: formats whose activations are of different dtypes, or not one for each layer.
     """
-    stored = tuple(_stored_layer(config, i, layers) for i in range(config.num_layers))
-    anew = Format.INT8 if layers == AUTO else Format(layers)
-    fmt = _most_common(stored) if layers == AUTO else anew
+    wanted = [layers] * config.num_layers if isinstance(layers, str) else list(layers)
+    if len(wanted) != config.num_layers:
+        raise ValueError(f"{len(wanted)} formats for {config.num_layers} layers")
+    stored = tuple(_stored_layer(config, i, name) for i, name in enumerate(wanted))
+    anew = tuple(Format.INT8 if name == AUTO else Format(name) for name in wanted)
+    if len({activation_dtype(fmt) for fmt in anew}) > 1:
+        raise ValueError("some layers in fp32 and some not: choose fp32 for all or for none")
+    fmt = anew[0] if set(wanted) == {anew[0]} else _most_common(stored, anew)
     stored = stored if any(stored) else ()
     make = partial(
         ModelFormats,
         layers=fmt,
-        anew=anew,
+        anew=anew[0],
+        anew_by_layer=anew if len(set(anew)) > 1 else (),
         kv=KVFormat(activation_dtype(fmt) if kv == AUTO else kv),
         group_size=common_group_size(config),
         embedding_on_host=embedding_place == "host",
@@ -159,11 +168,11 @@ def common_group_size(config: DecoderConfig) -> int | None:
     return next(fits, None)
 
 
-def _most_common(stored: Iterable[Mapping[Role, Scheme]]) -> Format:
-    """Of the blocks' linear layers, those that are not held being int8."""
+def _most_common(stored: Iterable[Mapping[Role, Scheme]], anew: Iterable[Format]) -> Format:
+    """Of the blocks' linear layers, those that are not held being as `anew` says."""
     counts = Counter(
-        layer[role].format if role in layer else Format.INT8
-        for layer in stored
+        layer[role].format if role in layer else fresh
+        for layer, fresh in zip(stored, anew, strict=True)
         for role in BLOCK_ROLES
     )
     return counts.most_common(1)[0][0]

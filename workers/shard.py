@@ -39,7 +39,7 @@ def spec_formats(config: DecoderConfig, spec: StageSpec) -> ModelFormats:
     """The formats that a stage is told to use."""
     return model_formats(
         config,
-        spec.format,
+        spec.layer_formats or spec.format,
         head=spec.head_format,
         kv=spec.kv_format,
         embedding_place=spec.embedding_place,

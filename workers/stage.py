@@ -203,6 +203,7 @@ class Stage:
             format=self._format_label,
             kv_format=str(self._formats.kv),
             device=self.spec.device,
+            planned_device=self.spec.planned_device,
             node_id=node_id,
             pid=os.getpid(),
             epoch=self._epoch,

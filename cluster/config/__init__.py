@@ -6,8 +6,6 @@ one. A new setting is one field in the file of its section.
 
 from __future__ import annotations
 
-import dataclasses
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +17,10 @@ from tightfit.cluster.config.plan import PlanConfig
 from tightfit.cluster.config.probe import ProbeConfig
 from tightfit.cluster.config.quantize import QuantizeConfig
 from tightfit.cluster.config.serve import ServeConfig
+from tightfit.cluster.config.token import TokenConfig
+from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.settings import Values, build, read_file
+from tightfit.workers.model_formats import AUTO
 
 __all__ = [
     "ClientConfig",
@@ -27,6 +28,7 @@ __all__ = [
     "ProbeConfig",
     "QuantizeConfig",
     "ServeConfig",
+    "TokenConfig",
     "client_config",
     "plan_config",
     "probe_config",
@@ -34,6 +36,8 @@ __all__ = [
     "read_config_file",
     "serve_config",
     "split_address",
+    "start_plan_config",
+    "token_config",
 ]
 
 SECTIONS: Mapping[str, type[Any]] = {
@@ -42,6 +46,7 @@ SECTIONS: Mapping[str, type[Any]] = {
     "quantize": QuantizeConfig,
     "plan": PlanConfig,
     "probe": ProbeConfig,
+    "token": TokenConfig,
 }
 
 
@@ -60,12 +65,42 @@ def serve_config(file: Mapping[str, Values], flags: Values | None = None) -> Ser
     Raises:
         ConfigError: see `build`.
     """
-    values = {**file.get("serve", {}), **(flags or {})}
-    config = build(ServeConfig, "serve", values)
-    if "threads_per_stage" not in values and config.ray_address is None:
-        cores = len(os.sched_getaffinity(0))
-        config = dataclasses.replace(config, threads_per_stage=max(1, cores // config.stages))
-    return config
+    return build(ServeConfig, "serve", {**file.get("serve", {}), **(flags or {})})
+
+
+def start_plan_config(file: Mapping[str, Values], serve: ServeConfig) -> PlanConfig:
+    """What a service plans at its start: by the file's `plan` section, for the service's model and
+    the devices that are there.
+
+    Raises:
+        ConfigError: see `build`; or the section says what is the service's to say.
+    """
+    section = file.get("plan", {})
+    ours: dict[str, object] = {
+        "model": serve.model,
+        "live": True,
+        "device": serve.device,
+        "cpu_budget": serve.memory_budget_bytes,
+        "block_size": serve.block_size,
+        "max_batch_tokens": serve.max_batch_tokens,
+        "head_format": serve.head_format,
+        "embedding_place": serve.embedding_place,
+    }
+    if serve.format != AUTO:
+        ours["formats"] = serve.format
+    if serve.kv_format != AUTO:
+        ours["kv_formats"] = serve.kv_format
+    for key in (*ours, "inventory", "ray_address"):
+        if key in section and section[key] != ours.get(key):
+            raise ConfigError(
+                f"plan.{key}: a service plans its own model on the devices that it finds, by "
+                "serve's settings: leave it out of the section plan, or set it in serve"
+            )
+    if section.keys().isdisjoint(("formats", "mixed", "sensitivity", "min_bits")):
+        ours.setdefault("formats", AUTO)
+    if "kv_formats" not in section:
+        ours.setdefault("kv_formats", AUTO)
+    return build(PlanConfig, "plan", {**section, **ours})
 
 
 def client_config(file: Mapping[str, Values], flags: Values | None = None) -> ClientConfig:
@@ -106,3 +141,17 @@ def probe_config(file: Mapping[str, Values], flags: Values | None = None) -> Pro
         ConfigError: see `build`.
     """
     return build(ProbeConfig, "probe", {**file.get("probe", {}), **(flags or {})})
+
+
+def token_config(file: Mapping[str, Values], flags: Values | None = None) -> TokenConfig:
+    """Which tokens: `flags` (by key) over the file's `token` section; without a file of tokens,
+    the same file's service's.
+
+    Raises:
+        ConfigError: see `build`.
+    """
+    values = {**file.get("token", {}), **(flags or {})}
+    tokens_file = file.get("serve", {}).get("tokens_file")
+    if "tokens_file" not in values and tokens_file is not None:
+        values["tokens_file"] = tokens_file
+    return build(TokenConfig, "token", values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 
 DEFAULT_LISTEN = "127.0.0.1:50051"
@@ -31,3 +32,13 @@ def check_collector(text: str) -> None:
     if not separator or scheme not in ("http", "https"):
         raise ValueError(f"{text!r} is not http://host:port or https://host:port")
     split_address(address)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on `host` (as `split_address` gives it)."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

@@ -61,6 +61,31 @@ class PlanConfig:
         str | None,
         Option("File of devices, or name of one in configs/inventories."),
     ] = None
+    live: Annotated[
+        bool, Option("Instead of an inventory: the devices that are there, measured now.")
+    ] = False
+    ray_address: Annotated[
+        str | None,
+        Option('Ray cluster whose nodes are measured: "auto" or host:port; default: this machine.'),
+    ] = None
+    insecure_ray: Annotated[bool, Option("As of serve.")] = False
+    device: Annotated[
+        str,
+        Option(
+            "Kind of device that is measured; auto: cuda where there are GPUs.",
+            choices=(AUTO, "cpu", "cuda"),
+        ),
+    ] = AUTO
+    cpu_budget_bytes: Annotated[
+        int | None,
+        Option(
+            "Of each host's memory what a plan may take, such as 16GiB; default: what is free less "
+            "5% of the total and 2 GiB.",
+            key="cpu_budget",
+            at_least=1,
+            is_size=True,
+        ),
+    ] = None
     sequences: Annotated[
         int, Option("Sequences that have room at the same time.", at_least=1, at_most=1_000_000)
     ] = 1
@@ -149,8 +174,18 @@ class PlanConfig:
             raise ConfigError(
                 "plan.sensitivity mixes formats itself: leave plan.formats and plan.mixed out"
             )
-        if self.inventory is None:
-            raise ConfigError("plan.inventory is missing: the file that lists the devices")
+        if self.inventory is None and not self.live:
+            raise ConfigError(
+                "plan.inventory is missing: the file that lists the devices; or measure those that "
+                "are there with --live"
+            )
+        if self.inventory is not None and self.live:
+            raise ConfigError("plan.inventory and plan.live exclude each other: give one of them")
+        if not self.live and (self.ray_address or self.cpu_budget_bytes or self.device != AUTO):
+            raise ConfigError(
+                "plan.ray_address, plan.device and plan.cpu_budget are for plan.live: an inventory "
+                "says itself what there is"
+            )
 
     @property
     def format_names(self) -> tuple[str, ...] | None:

@@ -119,7 +119,7 @@ class QuantizeConfig:
             raise ConfigError("quantize.sensitivity is for quantize.budget, which is missing")
         if self.measure and self.calibration is None:
             raise ConfigError(
-                "quantize.calibration is missing: sensitivities are measured on the end of a text"
+                "quantize.calibration is missing: quantize.measure measures on the end of a text"
             )
 
     def _has(self, name: str) -> bool:

@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from tightfit.cluster.config.addresses import DEFAULT_LISTEN, check_collector, split_address
+from tightfit.cluster.config.addresses import (
+    DEFAULT_LISTEN,
+    check_collector,
+    is_loopback,
+    split_address,
+)
+from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.hub import parse_hub_name
 from tightfit.cluster.settings import Option
 from tightfit.kernels.formats import OUTLIER_THRESHOLD, SUPPORTED_FORMATS, KVFormat
@@ -57,12 +63,24 @@ class ServeConfig:
     embedding_place: Annotated[
         str,
         Option(
-            "Where the embedding's table is: device (in the first stage's memory), or host (in the "
-            "checkpoint's file, of which a step reads the rows that it needs).",
-            choices=("device", "host"),
+            "Where the embedding's table is: device (in the first stage's memory), host (in the "
+            "checkpoint's file, of which a step reads the rows that it needs), or auto: as the "
+            "plan says, else device.",
+            choices=(AUTO, "device", "host"),
         ),
-    ] = "device"
-    stages: Annotated[int, Option("Pipeline stages.", at_least=1)] = 1
+    ] = AUTO
+    plan: Annotated[
+        str | None,
+        Option(
+            "File that `tightfit plan --yaml` wrote, which says what each device holds; default: "
+            "stages, or a plan for the devices that are measured at the start, with the settings "
+            "of the configuration file's section plan."
+        ),
+    ] = None
+    stages: Annotated[
+        int | None,
+        Option("Pipeline stages, on devices that Ray chooses, instead of a plan.", at_least=1),
+    ] = None
     balance: Annotated[
         str,
         Option(
@@ -73,8 +91,11 @@ class ServeConfig:
     ] = "memory"
     device: Annotated[
         str,
-        Option("Kind of device of every stage; cuda: one GPU each.", choices=("cpu", "cuda")),
-    ] = "cpu"
+        Option(
+            "Kind of device of every stage; cuda: one GPU each; auto: cuda where there are GPUs.",
+            choices=(AUTO, "cpu", "cuda"),
+        ),
+    ] = AUTO
     listen: Annotated[
         str,
         Option("host:port of the gRPC gateway; port 0 takes a free one.", check=split_address),
@@ -82,6 +103,13 @@ class ServeConfig:
     metrics_listen: Annotated[
         str | None,
         Option("host:port for Prometheus to scrape; default: none.", check=split_address),
+    ] = None
+    live_listen: Annotated[
+        str | None,
+        Option(
+            "host:port of a page for browsers that draws the service as it is now; default: none.",
+            check=split_address,
+        ),
     ] = None
     trace_endpoint: Annotated[
         str | None,
@@ -108,6 +136,64 @@ class ServeConfig:
             at_most=4096,
         ),
     ] = 0
+    replan_interval_s: Annotated[
+        float,
+        Option(
+            "Seconds from one look for a better plan, as when a node has joined, to the next; it "
+            "is only told, not taken. 0: never.",
+            at_least=0,
+        ),
+    ] = 300.0
+    health_listen: Annotated[
+        str | None,
+        Option(
+            "host:port that answers gRPC health checks and nothing else, without TLS or token, for "
+            "probes that can do neither, such as the kubelet's; default: none.",
+            check=split_address,
+        ),
+    ] = None
+    tls_cert: Annotated[
+        str | None,
+        Option("PEM file of the gateway's certificate chain; read again when it changes."),
+    ] = None
+    tls_key: Annotated[
+        str | None, Option("PEM file of that certificate's private key, not encrypted.")
+    ] = None
+    tls_client_ca: Annotated[
+        str | None,
+        Option(
+            "PEM file of authorities: only clients with a certificate of one of them are answered "
+            "(mTLS)."
+        ),
+    ] = None
+    tokens_file: Annotated[
+        str | None,
+        Option(
+            "File of `tightfit token`: only callers with one of its tokens are answered; read "
+            "again when it changes."
+        ),
+    ] = None
+    audit_log: Annotated[
+        str | None,
+        Option(
+            'File that a line of JSON is added to for each GetStatus, GetPlan and Drain; "-": '
+            "standard error; default: that if callers are authenticated, else none."
+        ),
+    ] = None
+    insecure_listen: Annotated[
+        bool,
+        Option(
+            "Listen beyond this machine even without TLS or without authentication, as behind a "
+            "proxy that does both."
+        ),
+    ] = False
+    insecure_ray: Annotated[
+        bool,
+        Option(
+            "Join a Ray cluster even without its token authentication: whoever reaches its ports "
+            "can run code on it."
+        ),
+    ] = False
     ray_address: Annotated[
         str | None,
         Option('Ray cluster to join: "auto" or host:port; default: a private one, here.'),
@@ -120,17 +206,18 @@ class ServeConfig:
     ] = 60.0
     load_timeout_s: Annotated[float, Option("Seconds that loading may take.", at_least=1)] = 1800.0
     threads_per_stage: Annotated[
-        int,
+        int | None,
         Option(
-            "CPU threads of each stage; default: this machine's cores divided among the stages.",
+            "CPU threads of each stage; default: the cores of a node divided among its stages, and "
+            "with stages on a cluster one.",
             at_least=1,
         ),
-    ] = 1
+    ] = None
     memory_budget_bytes: Annotated[
         int | None,
         Option(
-            "Most memory of each stage for weights, KV cache and workspace, such as 4GiB; "
-            "default: no limit.",
+            "Most memory of each stage for weights, KV cache and workspace, such as 4GiB; where "
+            "it is planned, of each host. Default: no limit, or what is free.",
             key="memory_budget",
             at_least=1,
             is_size=True,
@@ -167,6 +254,39 @@ class ServeConfig:
     drain_grace_s: Annotated[
         float, Option("Seconds that running streams get to finish on SIGTERM.", at_least=0)
     ] = 30.0
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError where settings do not go together."""
+        if self.plan is not None and self.stages is not None:
+            raise ConfigError("serve.plan and serve.stages exclude each other: give one of them")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("serve.tls_cert and serve.tls_key go together: give both")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ConfigError("serve.tls_client_ca needs serve.tls_cert and serve.tls_key as well")
+        self._check_exposed("listen", self.listen)
+        if self.live_listen is not None:
+            self._check_exposed("live_listen", self.live_listen)
+
+    def _check_exposed(self, name: str, address: str) -> None:
+        """Raises ConfigError where other machines reach a port that is not guarded."""
+        if is_loopback(split_address(address)[0]) or self.insecure_listen:
+            return
+        missing = []
+        if self.tls_cert is None:
+            missing.append("TLS (serve.tls_cert, serve.tls_key)")
+        if not self.has_authentication:
+            missing.append("authentication (serve.tokens_file or serve.tls_client_ca)")
+        if missing:
+            raise ConfigError(
+                f"serve.{name}: {address} can be reached from other machines, without "
+                f"{' and without '.join(missing)}. Give what is missing, listen on 127.0.0.1, or "
+                "say serve.insecure_listen"
+            )
+
+    @property
+    def has_authentication(self) -> bool:
+        """Callers have to show a token or a certificate."""
+        return self.tokens_file is not None or self.tls_client_ca is not None
 
     @property
     def model_name(self) -> str:

@@ -238,6 +238,7 @@ def _stage(status: StageStatus) -> cluster_pb2.Stage:
         format=status.format,
         kv_format=status.kv_format,
         device=status.device,
+        planned_device=status.planned_device,
         node_id=status.node_id,
         pid=status.pid,
         epoch=status.epoch,
@@ -273,6 +274,7 @@ def status_response(status: DeploymentStatus) -> cluster_pb2.GetStatusResponse:
             preemptions=counts.num_preemptions,
             micro_batches_in_flight=status.num_in_flight,
         ),
+        better_plan=status.better_plan,
     )
 
 
@@ -283,6 +285,7 @@ def plan_response(status: DeploymentStatus) -> cluster_pb2.GetPlanResponse:
             cluster_pb2.PlannedStage(
                 index=stage.stage_index,
                 device=stage.device,
+                planned_device=stage.planned_device,
                 first_layer=stage.first_layer,
                 end_layer=stage.end_layer,
                 format=stage.format,

@@ -10,6 +10,7 @@ from grpc_reflection.v1alpha import reflection
 
 from tightfit.cluster.engine import Engine
 from tightfit.cluster.errors import ConfigError
+from tightfit.cluster.gateway.auth import Audit, Authenticate, GatewaySecurity
 from tightfit.cluster.gateway.cluster_service import ClusterService
 from tightfit.cluster.gateway.service import InferenceService
 from tightfit.cluster.gateway.status import RefuseMalformed
@@ -34,6 +35,27 @@ OPTIONS = (
     ("grpc.http2.max_ping_strikes", 3),
     ("grpc.so_reuseport", 0),  # a second service on the port is an error, not a coin toss
 )
+HEALTH_OPTIONS = (*OPTIONS[1:], ("grpc.max_receive_message_length", 4096))
+MAX_PROBES = 64
+"""Health checks and watches at once on the port for them."""
+
+
+def _listen(
+    server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None
+) -> int:
+    """The port that is listened on.
+
+    Raises:
+        ConfigError: the address cannot be listened on.
+    """
+    try:
+        if credentials is None:
+            return server.add_insecure_port(f"{host}:{port}")
+        return server.add_secure_port(f"{host}:{port}", credentials)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error}. Is another service using the port?"
+        ) from error
 
 
 class GatewayServer:
@@ -43,6 +65,7 @@ class GatewayServer:
         engine: started by `start`, stopped by the caller.
         tokenizer: the model's.
         metrics: where to count.
+        security: what callers have to show; default: nothing.
         tracer: where traces of requests go; None: nowhere.
     Raises:
         ConfigError: the checkpoint's chat template is not valid.
@@ -53,11 +76,14 @@ class GatewayServer:
         engine: Engine,
         tokenizer: Tokenizer,
         metrics: Metrics,
+        security: GatewaySecurity | None = None,
         *,
         tracer: Tracer | None = None,
     ) -> None:
         self._engine, self._metrics = engine, metrics
-        self._server = grpc.aio.server(options=OPTIONS, interceptors=(RefuseMalformed(),))
+        self._security = security or GatewaySecurity()
+        self._server = grpc.aio.server(options=OPTIONS, interceptors=self._interceptors())
+        self._health_server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
         self._watcher: asyncio.Task[None] | None = None
         self.drain_requested = asyncio.Event()
@@ -69,33 +95,40 @@ class GatewayServer:
             (INFERENCE, CLUSTER, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
         )
 
-    async def start(
-        self,
-        host: str = "127.0.0.1",
-        port: int = 0,
-        *,
-        credentials: grpc.ServerCredentials | None = None,
-    ) -> int:
+    def _interceptors(self) -> list[grpc.aio.ServerInterceptor]:
+        """From the outermost in."""
+        found: list[grpc.aio.ServerInterceptor] = []
+        if self._security.audit is not None:
+            found.append(Audit(self._security.audit))
+        if self._security.tokens is not None:
+            found.append(Authenticate(self._security.tokens, self._metrics))
+        return [*found, RefuseMalformed()]
+
+    async def start(self, host: str = "127.0.0.1", port: int = 0) -> int:
         """Listen and serve; returns the port, which was chosen if 0 was asked for.
 
-        Args:
-            credentials: for TLS; None: what travels can be read and changed on its way.
         Raises:
             ConfigError: the address cannot be listened on.
         """
-        try:
-            if credentials is None:
-                bound = self._server.add_insecure_port(f"{host}:{port}")
-            else:
-                bound = self._server.add_secure_port(f"{host}:{port}", credentials)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"cannot listen on {host}:{port}: {error}. Is another service using the port?"
-            ) from error
+        bound = _listen(self._server, host, port, self._security.credentials)
         self._engine.start()
         await self._server.start()
         await self._set_health()
         self._watcher = asyncio.create_task(self._watch_health())
+        return bound
+
+    async def start_health(self, host: str, port: int) -> int:
+        """Answer health checks, and nothing else, on another port as well, without TLS or token;
+        returns the port.
+
+        Raises:
+            ConfigError: the address cannot be listened on.
+        """
+        server = grpc.aio.server(options=HEALTH_OPTIONS, maximum_concurrent_rpcs=MAX_PROBES)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        bound = _listen(server, host, port, None)
+        await server.start()
+        self._health_server = server
         return bound
 
     def _drain(self) -> None:
@@ -118,6 +151,8 @@ class GatewayServer:
             await asyncio.gather(self._watcher, return_exceptions=True)
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace=STOP_GRACE_S)
+        if self._health_server is not None:
+            await self._health_server.stop(grace=None)
         self._inference.close()
 
     async def _watch_health(self) -> None:

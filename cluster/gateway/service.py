@@ -13,6 +13,7 @@ from tightfit.cluster.gateway.status import Context, stream, unary
 from tightfit.cluster.gateway.watch import RequestWatch, Tracer
 from tightfit.cluster.metrics import Metrics
 from tightfit.cluster.request import FinishReason, Request
+from tightfit.cluster.security.caller import charge
 from tightfit.cluster.tokenizer import Tokenizer
 from tightfit.v1 import inference_pb2, inference_pb2_grpc
 
@@ -139,6 +140,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         context.add_done_callback(_canceller(events))  # type: ignore[arg-type]
         try:
             async for chunk in generation.chunks(events):
+                charge(len(chunk.token_ids))
                 yield chunk
         finally:
             watch.ended(generation.reason or _left_because(context), events.steps)
@@ -157,10 +159,12 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     def _submit(self, watch: RequestWatch, request: Request) -> RequestStream:
         watch.queued(request)
         try:
-            return self._engine.submit(request)
+            stream = self._engine.submit(request)
         except TightfitError as error:
             watch.refused(error.status)
             raise
+        charge(len(request.prompt_token_ids) + len(request.resume_token_ids))
+        return stream
 
 
 def _canceller(events: RequestStream) -> Callable[[Context], None]:

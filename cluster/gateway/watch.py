@@ -14,6 +14,7 @@ from typing import Protocol
 
 from tightfit.cluster.metrics import Metrics
 from tightfit.cluster.request import FinishReason, Request, RequestRecord, StepTiming, TokenEvent
+from tightfit.cluster.security.caller import current_caller
 
 log = logging.getLogger("tightfit.request")
 
@@ -110,7 +111,7 @@ class RequestWatch:
         """It was queued, and has ended; `steps`: those to show in its trace."""
         request = self._request
         assert request is not None, "only what was queued can end"
-        queued_s = self._queued_s
+        queued_s, caller = self._queued_s, current_caller.get()
         record = RequestRecord(
             request_id=request.request_id,
             method=self._method,
@@ -125,6 +126,7 @@ class RequestWatch:
             num_generated_tokens=self._num_generated,
             num_sequences=request.sampling.n,
             recomputed_s=tuple(self._recomputed_s),
+            client=None if caller is None else caller.token.name,
         )
         if self._tracer is not None:
             trace_id = self._tracer.export(record, self._metadata, steps)

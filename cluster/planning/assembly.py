@@ -90,6 +90,8 @@ def _stage(
         tera_ops=device.type.int8_tops if is_int8 else device.type.fp16_tflops,
         price=device.price,
         watts=device.type.watts,
+        kind=device.type.kind,
+        uuid=device.uuid,
     )
 
 

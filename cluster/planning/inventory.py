@@ -78,6 +78,8 @@ class Device:
     """Free while a process of ours has its context on it."""
     price: float
     """US dollars an hour."""
+    uuid: str | None = None
+    """Of a GPU that was seen, by which it is found again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +121,7 @@ class _Lot:
         float | None,
         Option("US dollars an hour; default: its type's.", at_least=0, at_most=100_000),
     ] = None
+    uuid: Annotated[str | None, Option("Of a single GPU, by which it is found again.")] = None
 
 
 def read_device_types(path: Path = DEVICE_TYPES) -> dict[str, DeviceType]:
@@ -140,7 +143,22 @@ def read_inventory(path: Path, types: Mapping[str, DeviceType] | None = None) ->
     Raises:
         ConfigError: the file cannot be read, or a field is missing, unknown or absurd.
     """
-    tree = as_mapping(read_yaml(path), str(path))
+    return parse_inventory(as_mapping(read_yaml(path), str(path)), str(path), types)
+
+
+def parse_inventory(
+    tree: Values, path: str, types: Mapping[str, DeviceType] | None = None
+) -> Inventory:
+    """The same of what a file holds.
+
+    Args:
+        tree: its keys and values.
+        path: where it is from, for errors.
+        types: see `read_inventory`.
+
+    Raises:
+        ConfigError: a field is missing, unknown or absurd.
+    """
     try:
         refuse_unknown(tree, ("reserve", "types", "nodes"), "inventory")
     except ConfigError as error:
@@ -203,6 +221,8 @@ def _lots(
                 f"{here}.free: {format_bytes(lot.free)} is more than the device has, "
                 f"{format_bytes(total)}"
             )
+        if lot.uuid is not None and lot.count > 1:
+            raise ConfigError(f"{here}.uuid: is of one device, and count is {lot.count}")
         yield lot, kind
 
 
@@ -219,11 +239,12 @@ def _node(name: str, lots: list[tuple[_Lot, DeviceType]]) -> Iterator[Device]:
                 total_bytes=total,
                 free_bytes=idle if lot.free is None else lot.free,
                 price=kind.price if lot.price is None else lot.price,
+                uuid=lot.uuid,
             )
             number += 1
 
 
-def _reserve(value: object, path: Path) -> Reserve:
+def _reserve(value: object, path: str) -> Reserve:
     if value is None:
         return Reserve.TIGHT
     try:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import yaml
 
 from tightfit.cluster.errors import ConfigError
+from tightfit.cluster.planning.inventory import KINDS
 from tightfit.cluster.settings import (
     Option,
     Values,
@@ -58,6 +59,8 @@ class StagePlan:
     tera_ops: Annotated[float, Option("Matmul rate in its formats, 10^12/s.", at_least=0)]
     price: Annotated[float, Option("US dollars an hour.", at_least=0)]
     watts: Annotated[float, Option("Power limit of the device.", at_least=0)]
+    kind: Annotated[str, Option("Of the device: gpu or cpu.", choices=KINDS)] = "gpu"
+    uuid: Annotated[str | None, Option("Of a GPU that was seen when the plan was made.")] = None
 
     def __post_init__(self) -> None:
         """Raises ConfigError where the formats are not of as many layers as it has."""
@@ -67,6 +70,13 @@ class StagePlan:
                 f"stage on {self.device}: formats are of {counted} layers, and it holds "
                 f"{self.num_layers} ({self.first_layer} to {self.end_layer - 1})"
             )
+        if re.fullmatch(r".+:[0-9]{1,6}", self.device) is None:
+            raise ConfigError(f"stage on {self.device}: the device is not like node:number")
+
+    @property
+    def number(self) -> int:
+        """The device's on its node; of a GPU also torch's."""
+        return int(self.device.rpartition(":")[2])
 
     @property
     def num_layers(self) -> int:

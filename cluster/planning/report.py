@@ -19,7 +19,7 @@ HEADINGS = (
 
 def report(request: PlanRequest, plan: Plan, explanation: Explanation) -> str:
     """Several lines, without a last line feed."""
-    lines = [_headline(plan), "", *_table(_rows(plan)), ""]
+    lines = [headline(plan), "", *_table(_rows(plan)), ""]
     lines += [
         f"KV cache       {plan.kv_tokens:,} tokens ({plan.kv_format}); asked for "
         f"{plan.sequences:,} × {plan.context:,}",
@@ -36,7 +36,8 @@ def report(request: PlanRequest, plan: Plan, explanation: Explanation) -> str:
     return "\n".join([*lines, *_notes(request, plan)])
 
 
-def _headline(plan: Plan) -> str:
+def headline(plan: Plan) -> str:
+    """The model and its devices in one line."""
     kinds = dict.fromkeys(stage.type for stage in plan.stages)
     counted = ", ".join(f"{sum(s.type == kind for s in plan.stages)} × {kind}" for kind in kinds)
     return f"{plan.model} on {counted}: {plan.bits_per_weight:.2f} bits per weight"

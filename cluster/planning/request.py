@@ -138,6 +138,7 @@ def layer_formats(request: PlanRequest, variant: Variant, layers: str, kind: str
     return ModelFormats(
         layers=formats.layers,
         anew=formats.anew,
+        anew_by_layer=formats.anew_by_layer,
         head=formats.head,
         kv=formats.kv,
         group_size=group_size,

@@ -17,15 +17,12 @@ import ray  # noqa: E402
 from prometheus_client import CollectorRegistry  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 
+from tightfit.cluster.arrangement import arrange, arrange_early  # noqa: E402
 from tightfit.cluster.config import ServeConfig  # noqa: E402
-from tightfit.cluster.deployment import (  # noqa: E402
-    make_engine,
-    ray_options,
-    stage_specs,
-    start_replica,
-)
-from tightfit.cluster.launch import RaySession, describe_model  # noqa: E402
+from tightfit.cluster.deployment import make_engine, ray_options, start_replica  # noqa: E402
+from tightfit.cluster.launch import RaySession  # noqa: E402
 from tightfit.cluster.metrics import Metrics  # noqa: E402
+from tightfit.cluster.model import describe_model  # noqa: E402
 from tightfit.cluster.request import Request, SamplingParams  # noqa: E402
 from tightfit.cluster.tokenizer import load_tokenizer  # noqa: E402
 
@@ -52,13 +49,14 @@ def main(path: str, length: int) -> None:
             ray_strategy="STRICT_SPREAD",
         )  # fmt: skip
         model = describe_model(config.model)
-        session = RaySession(ray_options(config))
+        early = arrange_early(config, model)
+        session = RaySession(ray_options(early.config))
         cleanup.callback(session.close)
-        replica = start_replica(
-            session, config, stage_specs(config, model), print, cleanup, check=lambda: None
-        )
+        arrangement = arrange(session, config, model, early, None)
+        replica = start_replica(session, arrangement, print, cleanup, check=lambda: None)
         metrics = Metrics(CollectorRegistry(), num_stages=2)
-        engine = make_engine(config, model, replica, load_tokenizer(model.path), metrics)
+        tokenizer = load_tokenizer(model.path)
+        engine = make_engine(arrangement.placement, model, replica, tokenizer, metrics)
         cleanup.callback(engine.stop)
         tokens = asyncio.run(generate(engine, range(length)))
         nodes = {status.node_id for status in replica.group.statuses()}

@@ -169,7 +169,7 @@ def run_serve(*flags):
     ("flags", "message"),
     [
         (("--stages", "6"), "6 stages"),
-        (("--memory-budget", "20KiB"), "budget"),
+        (("--stages", "1", "--memory-budget", "20KiB"), "budget"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_starts(model, flags, message):
@@ -184,7 +184,7 @@ def test_a_damaged_checkpoint_is_named_with_its_file(model, tmp_path):
         data = file.read_bytes()
         cut = len(data) - 100 if file.suffix == ".safetensors" else len(data)
         (tmp_path / file.name).write_bytes(data[:cut])
-    done = run_serve(str(tmp_path), "--listen", "127.0.0.1:0")
+    done = run_serve(str(tmp_path), "--listen", "127.0.0.1:0", "--stages", "1")
     assert done.returncode == 1
     assert "model.safetensors" in done.stderr
     assert "Traceback" not in done.stderr

@@ -25,6 +25,23 @@ class DeviceMemory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PresentDevice:
+    """A device that is there, and its memory at one moment."""
+
+    device: str
+    """torch's name: `cpu` or `cuda:N`."""
+    uuid: str | None
+    """Of a GPU."""
+    total_bytes: int
+    free_bytes: int
+
+    @property
+    def kind(self) -> str:
+        """`gpu` or `cpu`."""
+        return "cpu" if self.device == "cpu" else "gpu"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LinearRate:
     """One square linear layer in a format, its weights read from memory and not from a cache."""
 

@@ -6,6 +6,7 @@
 """
 
 from tightfit.client._async import AsyncClient
+from tightfit.client._security import ConnectOptions, read_token, tls_credentials
 from tightfit.client._sync import Client
 from tightfit.client._types import (
     Chunk,
@@ -22,6 +23,7 @@ __all__ = [
     "AsyncClient",
     "Chunk",
     "Client",
+    "ConnectOptions",
     "Generation",
     "Message",
     "Model",
@@ -29,4 +31,6 @@ __all__ = [
     "Scores",
     "TightfitRpcError",
     "Usage",
+    "read_token",
+    "tls_credentials",
 ]

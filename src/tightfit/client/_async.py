@@ -8,6 +8,7 @@ from typing import Any, Self, Unpack
 import grpc
 
 from tightfit.client import _convert
+from tightfit.client._security import call_metadata, channel_options
 from tightfit.client._types import Chunk, Generation, Model, Prompt, SamplingOptions, Scores
 from tightfit.v1 import (
     cluster_pb2,
@@ -23,7 +24,12 @@ class AsyncClient:
     Args:
         target: host:port.
         timeout_s: deadline of every call, in seconds; the service stops working on it then.
-        credentials: for TLS; None: what travels can be read and changed on its way.
+        credentials: for TLS, such as `tls_credentials` makes; None: what travels can be read and
+            changed on its way.
+        token: sent with every call; None: none.
+        insecure_token: send the token to another machine even without TLS.
+    Raises:
+        ValueError: there is a token, no TLS, and the target is another machine.
     """
 
     def __init__(
@@ -32,11 +38,17 @@ class AsyncClient:
         *,
         timeout_s: float | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
+        insecure_token: bool = False,
     ) -> None:
+        self._metadata = call_metadata(
+            target, token, is_encrypted=credentials is not None, insecure_token=insecure_token
+        )
+        options = channel_options(target)
         self._channel = (
-            grpc.aio.insecure_channel(target, options=_convert.OPTIONS)
+            grpc.aio.insecure_channel(target, options=options)
             if credentials is None
-            else grpc.aio.secure_channel(target, credentials, options=_convert.OPTIONS)
+            else grpc.aio.secure_channel(target, credentials, options=options)
         )
         self._timeout_s = timeout_s
         self._inference: Any = inference_pb2_grpc.InferenceServiceStub(self._channel)
@@ -54,7 +66,7 @@ class AsyncClient:
 
     async def _call(self, method: Callable[..., Any], request: Any) -> Any:
         try:
-            return await method(request, timeout=self._timeout_s)
+            return await method(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise _convert.rpc_error(error) from error
 
@@ -110,7 +122,9 @@ class AsyncClient:
             prompt, sampling, model=model, request_id=request_id, priority=priority,
             resume_token_ids=resume_token_ids,
         )  # fmt: skip
-        call = self._inference.GenerateStream(request, timeout=self._timeout_s)
+        call = self._inference.GenerateStream(
+            request, timeout=self._timeout_s, metadata=self._metadata
+        )
         try:
             async for message in call:
                 yield _convert.chunk(message)

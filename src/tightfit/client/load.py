@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tightfit.client._async import AsyncClient
+from tightfit.client._security import ConnectOptions, connect_options
 from tightfit.client._types import Chunk, Prompt, TightfitRpcError
 
 PERCENTILES = (50, 90, 99)
@@ -131,11 +132,17 @@ async def one_request(
     return outcome
 
 
-async def run(target: str, load: Load) -> tuple[list[Outcome], float]:
-    """Every request's outcome, and how long all took, in seconds."""
+async def run(
+    target: str, load: Load, options: ConnectOptions | None = None
+) -> tuple[list[Outcome], float]:
+    """Every request's outcome, and how long all took, in seconds.
+
+    Args:
+        options: certificates and token, as `AsyncClient` takes them.
+    """
     endless = itertools.cycle(load.prompts)
     prompts = endless if load.num_requests is None else itertools.islice(endless, load.num_requests)
-    async with AsyncClient(target, timeout_s=load.timeout_s) as client:
+    async with AsyncClient(target, timeout_s=load.timeout_s, **(options or {})) as client:
         started = time.perf_counter()
         outcomes = await (
             _closed_loop(client, load, prompts, started)
@@ -237,7 +244,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--ignore-eos", action="store_true", help="generate all of max-tokens")
     add("--timeout-s", type=float, default=DEFAULT_TIMEOUT_S, help="deadline of each request")
     add("--json", action="store_true", help="print JSON")
+    _add_security(parser)
     return parser
+
+
+def _add_security(parser: argparse.ArgumentParser) -> None:
+    """The flags of `tightfit generate`, see there."""
+    add = parser.add_argument_group("security").add_argument
+    add("--tls", action="store_true", help="encrypt; trust public authorities, or --tls-ca")
+    add("--tls-ca", metavar="FILE", help="authorities of the service's certificate, in PEM")
+    add("--tls-cert", metavar="FILE", help="this client's certificate chain, in PEM")
+    add("--tls-key", metavar="FILE", help="its private key, in PEM")
+    add("--token-file", metavar="FILE", help="bearer token; default: the variable TIGHTFIT_TOKEN")
+    add("--insecure-token", action="store_true", help="send it unencrypted to other machines too")
 
 
 def _checked(argv: Sequence[str]) -> argparse.Namespace:
@@ -255,6 +274,18 @@ def _checked(argv: Sequence[str]) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be above 0, not {value:g}")
     if args.warmup < 0:
         parser.error(f"--warmup must be at least 0, not {args.warmup}")
+    try:
+        args.options = connect_options(
+            args.target,
+            tls=args.tls,
+            ca=args.tls_ca,
+            cert=args.tls_cert,
+            key=args.tls_key,
+            token_file=args.token_file,
+            insecure_token=args.insecure_token,
+        )
+    except ValueError as error:
+        parser.error(str(error))
     if args.prompts is not None:
         try:
             lines = args.prompts.read_text(encoding="utf-8").splitlines()
@@ -271,7 +302,7 @@ async def _prompts(args: argparse.Namespace) -> list[Prompt]:
     request finds the warm-up's in the prefix cache."""
     if args.prompts is not None:
         return list(args.lines)
-    async with AsyncClient(args.target, timeout_s=args.timeout_s) as client:
+    async with AsyncClient(args.target, timeout_s=args.timeout_s, **args.options) as client:
         vocab_size = (await client.model()).vocab_size
     generator = random.Random(args.seed)
     count = args.warmup + (args.requests or 1000)
@@ -281,6 +312,7 @@ async def _prompts(args: argparse.Namespace) -> list[Prompt]:
 
 
 async def _main(args: argparse.Namespace) -> int:
+    options: ConnectOptions = args.options
     prompts = await _prompts(args)
     load = Load(
         prompts=prompts[args.warmup % len(prompts) :] + prompts[: args.warmup % len(prompts)],
@@ -297,8 +329,8 @@ async def _main(args: argparse.Namespace) -> int:
         before = replace(
             load, prompts=prompts, num_requests=args.warmup, rate=None, duration_s=None
         )
-        await run(args.target, before)
-    result = summary(*await run(args.target, load))
+        await run(args.target, before, options)
+    result = summary(*await run(args.target, load, options))
     if args.json:
         print(json.dumps(result))
     else:

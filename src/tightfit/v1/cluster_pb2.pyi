@@ -119,6 +119,7 @@ class Stage(_message.Message):
     BUSY_SHARE_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
     KV_FORMAT_FIELD_NUMBER: _builtins.int
+    PLANNED_DEVICE_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Place in the pipeline, from 0."""
     first_layer: _builtins.int
@@ -141,6 +142,8 @@ class Stage(_message.Message):
     """Share of its time spent computing since it started, in [0, 1]."""
     kv_format: _builtins.str
     """How keys and values are cached: "fp32", "bf16" or "int8"."""
+    planned_device: _builtins.str
+    """Id of its device in the plan, node:number; empty where Ray chose it."""
     @_builtins.property
     def memory(self) -> Global___StageMemory:
         """Its memory."""
@@ -160,10 +163,11 @@ class Stage(_message.Message):
         busy_share: _builtins.float = ...,
         memory: Global___StageMemory | None = ...,
         kv_format: _builtins.str = ...,
+        planned_device: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_share", b"busy_share", "device", b"device", "end_layer", b"end_layer", "epoch", b"epoch", "first_layer", b"first_layer", "format", b"format", "index", b"index", "kv_format", b"kv_format", "memory", b"memory", "node_id", b"node_id", "pid", b"pid", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_share", b"busy_share", "device", b"device", "end_layer", b"end_layer", "epoch", b"epoch", "first_layer", b"first_layer", "format", b"format", "index", b"index", "kv_format", b"kv_format", "memory", b"memory", "node_id", b"node_id", "pid", b"pid", "planned_device", b"planned_device", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -244,6 +248,7 @@ class GetStatusResponse(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     STAGES_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    BETTER_PLAN_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model."""
     health: Global___Health.ValueType
@@ -252,6 +257,8 @@ class GetStatusResponse(_message.Message):
     """Why it failed; empty otherwise."""
     epoch: _builtins.int
     """Generation of the replica; rises at every recovery."""
+    better_plan: _builtins.str
+    """What a better plan has that has become possible; empty: none is known. A restart takes it."""
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Stage]:
         """First to last; empty when they cannot be asked."""
@@ -269,10 +276,11 @@ class GetStatusResponse(_message.Message):
         epoch: _builtins.int = ...,
         stages: _abc.Iterable[Global___Stage] | None = ...,
         load: Global___Load | None = ...,
+        better_plan: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "health", b"health", "load", b"load", "model", b"model", "reason", b"reason", "stages", b"stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["better_plan", b"better_plan", "epoch", b"epoch", "health", b"health", "load", b"load", "model", b"model", "reason", b"reason", "stages", b"stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -307,6 +315,7 @@ class PlannedStage(_message.Message):
     END_LAYER_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    PLANNED_DEVICE_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Place in the pipeline, from 0."""
     device: _builtins.str
@@ -319,6 +328,8 @@ class PlannedStage(_message.Message):
     """How its linear layers are stored, as `GetModelResponse.weight_format`."""
     weight_bytes: _builtins.int
     """Weights as predicted, in bytes."""
+    planned_device: _builtins.str
+    """Id of the device in the plan, node:number; empty where Ray chose it."""
     def __init__(
         self,
         *,
@@ -328,10 +339,11 @@ class PlannedStage(_message.Message):
         end_layer: _builtins.int = ...,
         format: _builtins.str = ...,
         weight_bytes: _builtins.int = ...,
+        planned_device: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "end_layer", b"end_layer", "first_layer", b"first_layer", "format", b"format", "index", b"index", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "end_layer", b"end_layer", "first_layer", b"first_layer", "format", b"format", "index", b"index", "planned_device", b"planned_device", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

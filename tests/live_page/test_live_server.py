@@ -10,11 +10,11 @@ import threading
 import time
 
 import pytest
-from live_page import MadeUp
+from made_up import MadeUp
 
 from tightfit.cluster.errors import ConfigError
-from tightfit.cluster.live import server as live
-from tightfit.cluster.live.server import LiveServer, page
+from tightfit.cluster.live_page import server as live
+from tightfit.cluster.live_page.server import LiveServer, page
 
 TOKEN = "tft_secret"
 
@@ -144,6 +144,6 @@ def test_closing_leaves_no_thread(made_up):
 
 
 def test_the_page_is_in_the_package():
-    code = "from tightfit.cluster.live.server import page; print(len(page()[0]))"
+    code = "from tightfit.cluster.live_page.server import page; print(len(page()[0]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 15_000 < int(done.stdout) < 60_000

@@ -22,8 +22,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from typing import Any
 
+from tightfit.cluster.config.addresses import is_loopback
 from tightfit.cluster.errors import ConfigError
-from tightfit.cluster.live.snapshot import snapshot
+from tightfit.cluster.live_page.snapshot import snapshot
 from tightfit.cluster.monitor import Monitor
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 @cache
 def page() -> tuple[bytes, str]:
     """The page, in one piece, and the Content-Security-Policy that allows nothing but it."""
-    folder = files("tightfit.cluster.live")
+    folder = files("tightfit.cluster.live_page")
     style, script, html = (
         folder.joinpath(f"page.{kind}").read_text(encoding="utf-8")
         for kind in ("css", "js", "html")
@@ -62,7 +63,7 @@ class LiveServer:
         monitor: what it shows; started.
         host, port: where to listen; port 0 takes a free one.
         is_allowed: whether a bearer token may see the deployment; None: everybody may.
-        tls: for HTTPS; None: plain HTTP.
+        tls: gives the context of a new connection, for HTTPS; None: plain HTTP.
     Raises:
         ConfigError: the address cannot be listened on.
     """
@@ -74,7 +75,7 @@ class LiveServer:
         port: int,
         *,
         is_allowed: Callable[[str], bool] | None = None,
-        tls: ssl.SSLContext | None = None,
+        tls: Callable[[], ssl.SSLContext] | None = None,
     ) -> None:
         try:
             self._server = _Server(host.strip("[]"), port, monitor, is_allowed, tls)
@@ -108,10 +109,11 @@ class _Server(ThreadingHTTPServer):
         port: int,
         monitor: Monitor,
         is_allowed: Callable[[str], bool] | None,
-        tls: ssl.SSLContext | None,
+        tls: Callable[[], ssl.SSLContext] | None,
     ) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.monitor, self.is_allowed, self._tls = monitor, is_allowed, tls
+        self.is_for_this_machine_only = is_loopback(host)
         self.token_lock = threading.Lock()
         self._room = threading.Semaphore(MAX_CONNECTIONS)
         self._open: set[Any] = set()
@@ -129,7 +131,7 @@ class _Server(ThreadingHTTPServer):
         try:
             request.settimeout(CONNECTION_LIMIT_S)
             if self._tls is not None:
-                request = self._tls.wrap_socket(request, server_side=True)
+                request = self._tls().wrap_socket(request, server_side=True)
             self._open.add(request)
             super().process_request_thread(request, client_address)
         except OSError as error:  # ssl.SSLError is one
@@ -161,7 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         if path not in ("/", "/live.json"):
             self._refuse(HTTPStatus.NOT_FOUND, "there is / and /live.json")
-        elif self.server.is_allowed is None and not self._is_addressed_here():
+        elif not self._is_addressed_here():
             # A foreign page whose name was made to point here must not read it.
             self._refuse(HTTPStatus.MISDIRECTED_REQUEST, "open it as http://127.0.0.1")
         elif path == "/":
@@ -176,6 +178,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.OK, json.dumps(shown).encode(), "application/json")
 
     def _is_addressed_here(self) -> bool:
+        if self.server.is_allowed is not None or not self.server.is_for_this_machine_only:
+            return True
         host = self.headers.get("Host", "")
         name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
         return name in LOOPBACK_NAMES

@@ -39,6 +39,13 @@ function bytes(n) {
   return `${i === 0 || n >= 100 ? Math.round(n) : n.toFixed(1)} ${units[i]}`;
 }
 
+// "28.7 of 76.6 GiB"; the unit twice only where it differs.
+function outOf(part, whole) {
+  if (!whole) return bytes(part);
+  const [value, unit] = bytes(part).split(" "), limit = bytes(whole);
+  return limit.endsWith(` ${unit}`) ? `${value} of ${limit}` : `${value} ${unit} of ${limit}`;
+}
+
 const count = (n) => Math.round(n).toLocaleString("en");
 const rate = (n) => n >= 100 ? count(n) : n.toFixed(1);
 const percent = (share) => `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
@@ -184,7 +191,7 @@ function drawStage(cell, stage, live, scale) {
   say(cell.values["kv-title"], `KV, ${stage.kv_format}, ${percent(used)} used`);
   say(cell.values.kv, bytes(memory.kv_cache_bytes));
   say(cell.values.work, bytes(memory.workspace_bytes));
-  const whole = bytes(memory.total_bytes) + (memory.budget_bytes ? ` of ${bytes(memory.budget_bytes)}` : "");
+  const whole = outOf(memory.total_bytes, memory.budget_bytes);
   say(cell.values.total, whole);
   say(cell.values.process, bytes(memory.process_bytes));
   const off = memory.predicted_weight_bytes

@@ -4,9 +4,9 @@ import re
 
 import pytest
 from browser import CHROMIUM, Browser
-from live_page import MadeUp
+from made_up import MadeUp
 
-from tightfit.cluster.live.server import LiveServer
+from tightfit.cluster.live_page.server import LiveServer
 
 pytestmark = [
     pytest.mark.slow,
