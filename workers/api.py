@@ -107,6 +107,8 @@ class StepResult:
     scores: list[SequenceScores] = field(default_factory=list)
     forward_s: list[float] = field(default_factory=list)
     """Seconds each stage spent computing, first stage first."""
+    started_unix_s: list[float] = field(default_factory=list)
+    """When each of them began to, by its own host's clock."""
     error: str | None = None
     """Why the step failed; then there are no tokens and the replica is no longer usable."""
 
