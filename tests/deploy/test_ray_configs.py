@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
@@ -58,6 +60,14 @@ def test_ray_takes_every_cluster_file(path):
     validate_config(prepared)
     nightly = [c for c in prepared["setup_commands"] if "ray-wheels" in c or "dev0" in c]
     assert nightly == []
+
+
+def test_the_wheel_has_every_cluster_file():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    package = ROOT / "src" / "tightfit"
+    patterns = project["tool"]["setuptools"]["package-data"]["tightfit"]
+    packed = {path.resolve() for pattern in patterns for path in package.glob(pattern)}
+    assert set(FILES) <= packed
 
 
 def test_ray_refuses_a_misspelt_key():
@@ -128,6 +138,22 @@ def test_pools_have_the_cores_and_gpus_of_their_machine_types(path):
         cores, gpus, device = GPUS[machine]
         assert pool["resources"] == {"CPU": cores, "GPU": gpus}
         assert pool["labels"]["tightfit/device"] == device
+
+
+def test_every_ray_command_in_the_documents_can_be_typed():
+    from ray.scripts.scripts import cli
+
+    typed = [
+        shlex.split(line.removeprefix("$ ray ").removesuffix("&"))
+        for document in (ROOT / "README.md", ROOT / "docs" / "deploy-ray-up.md")
+        for line in document.read_text().splitlines()
+        if line.startswith("$ ray ")
+    ]
+    assert len(typed) >= 10
+    for name, *words in typed:
+        context = cli.commands[name].make_context(name, list(words))
+        named = context.params["cluster_config_file"]
+        assert (ROOT / named).exists(), words
 
 
 # -- Google Cloud ----------------------------------------------------------------------------

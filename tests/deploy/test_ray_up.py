@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import machines
+import psutil
 import pytest
 import yaml
 
@@ -89,9 +90,12 @@ class Operator:
             time.sleep(0.1)
 
     def ends(self):
+        """What ran on ends, as by Ctrl-C in its terminal."""
         for process in self.background:
-            process.kill()
-            process.wait()
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.terminate()
+            process.wait(timeout=20)
+        self.background.clear()
 
 
 @pytest.fixture
