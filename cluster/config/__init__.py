@@ -81,8 +81,8 @@ def start_plan_config(file: Mapping[str, Values], serve: ServeConfig) -> PlanCon
     config = build(PlanConfig, "plan", _as_served(file.get("plan", {}), serve, devices))
     if config.num_replicas != 1:
         raise ConfigError(
-            f"plan.replicas: {config.replicas} are planned, and a service is one pipeline: leave it "
-            "out, and start a service for each plan that `tightfit plan --replicas` writes"
+            f"plan.replicas: {config.replicas} are planned, and a service is one pipeline: leave "
+            "it out, and start a service for each plan that `tightfit plan --replicas` writes"
         )
     return config
 
