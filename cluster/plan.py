@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from tightfit.cluster.config import PlanConfig
+from tightfit.cluster.config.chart import inventory_tree, read_values
 from tightfit.cluster.errors import ConfigError, PlacementError
 from tightfit.cluster.hub import download_config, parse_hub_name
 from tightfit.cluster.planning.ask import plan_request
 from tightfit.cluster.planning.assembly import make_plan
 from tightfit.cluster.planning.explain import explain, why_not
-from tightfit.cluster.planning.inventory import CONFIGS, Inventory, read_inventory
+from tightfit.cluster.planning.inventory import (
+    CONFIGS,
+    Inventory,
+    parse_inventory,
+    read_inventory,
+)
 from tightfit.cluster.planning.picture import picture
 from tightfit.cluster.planning.plan import Plan, dump_plan
 from tightfit.cluster.planning.planner import solve
@@ -149,9 +156,11 @@ def _model_name(model: str) -> str:
 
 
 def _inventory(config: PlanConfig) -> Inventory:
-    """The devices that the plan may use: listed in a file, or measured."""
+    """The devices that the plan may use: listed in a file, pools of the chart, or measured."""
     if config.live:
         return _measured(config)
+    if config.values is not None:
+        return _pools(config.values)
     name = config.inventory or ""
     path = Path(name).expanduser()
     shipped = CONFIGS / "inventories" / f"{name}.yaml"
@@ -161,6 +170,18 @@ def _inventory(config: PlanConfig) -> Inventory:
         known = ", ".join(sorted(file.stem for file in shipped.parent.glob("*.yaml")))
         raise ConfigError(f"{name}: no such inventory; those that come with Tightfit: {known}")
     return read_inventory(path)
+
+
+def _pools(paths: str) -> Inventory:
+    tree = inventory_tree(read_values(paths))
+    try:
+        return parse_inventory(tree, paths)
+    except ConfigError as error:  # in the words of the values
+        names = [node["name"] for node in tree["nodes"]]
+        said = str(error).replace(": types", ": deviceTypes")
+        said = re.sub(r"(nodes\[\d+\])\.count", r"\1.nodes", said)
+        said = re.sub(r"nodes\[(\d+)\]", lambda match: f"pools.{names[int(match[1])]}", said)
+        raise ConfigError(said.replace(".devices[0]", ".devices")) from None
 
 
 def _measured(config: PlanConfig) -> Inventory:

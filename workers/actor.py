@@ -22,6 +22,7 @@ from tightfit.workers.api import LoadProgress, StageSpec, StageStatus, StepResul
 from tightfit.workers.errors import StageError
 from tightfit.workers.link import Endpoint, Receiver, Sender, StepMessage
 from tightfit.workers.link_keys import LinkKeys
+from tightfit.workers.logs import configure_logs_from_environment
 from tightfit.workers.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,8 @@ STOP_POLL_S = 0.2
 class StageActor:
     """One stage in a process of its own. Calls run on several threads: `run` holds one of them."""
 
-    def __init__(self, spec: StageSpec, run_dir: str, tcp_host: str | None) -> None:
+    def __init__(self, spec: StageSpec, run_dir: str, tcp: bool) -> None:
+        configure_logs_from_environment(stage=spec.stage_index)
         self._spec = spec
         self._run_dir = run_dir
         self._node_id = ray.get_runtime_context().get_node_id()
@@ -51,7 +53,7 @@ class StageActor:
             run_dir=run_dir,
             name=f"stage-{spec.stage_index}-{os.getpid()}",
             node_id=self._node_id,
-            tcp_host=tcp_host,
+            tcp_host=ray.util.get_node_ip_address() if tcp else None,  # of this node
             keys=self._keys,
         )
 

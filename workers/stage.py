@@ -168,6 +168,7 @@ class Stage:
         self, message: StepMessage, payload: memoryview
     ) -> tuple[StepMessage | StepResult, memoryview | bytes]:
         """Run this shard's layers; what to send on, and its raw rows."""
+        started_unix_s = [*message.started_unix_s, time.time()]
         started = time.perf_counter()
         batch = message.batch
         with torch.inference_mode():
@@ -182,11 +183,12 @@ class Stage:
         if self.spec.is_last:
             return StepResult(
                 epoch=batch.epoch, step=batch.step, tokens=tokens, scores=scores,
-                forward_s=forward_s,
+                forward_s=forward_s, started_unix_s=started_unix_s,
             ), b""  # fmt: skip
         onward = StepMessage(
-            batch=batch, hidden_size=rows.shape[1], dtype=self._dtype, forward_s=forward_s
-        )
+            batch=batch, hidden_size=rows.shape[1], dtype=self._dtype, forward_s=forward_s,
+            started_unix_s=started_unix_s,
+        )  # fmt: skip
         return onward, raw
 
     def _rows(self, message: StepMessage, payload: memoryview) -> Tensor:

@@ -93,6 +93,13 @@ class PlanConfig:
         str | None,
         Option("File of devices, or name of one in configs/inventories."),
     ] = None
+    values: Annotated[
+        str | None,
+        Option(
+            "Instead of an inventory: values of the Helm chart, several files separated by commas "
+            "as helm's --values; what they serve is planned on their pools."
+        ),
+    ] = None
     live: Annotated[
         bool, Option("Instead of an inventory: the devices that are there, measured now.")
     ] = False
@@ -222,13 +229,15 @@ class PlanConfig:
             raise ConfigError(
                 "plan.sensitivity mixes formats itself: leave plan.formats and plan.mixed out"
             )
-        if self.inventory is None and not self.live:
+        sources = {"inventory": self.inventory, "values": self.values, "live": self.live or None}
+        given = [f"plan.{name}" for name, value in sources.items() if value is not None]
+        if not given:
             raise ConfigError(
                 "plan.inventory is missing: the file that lists the devices; or measure those that "
                 "are there with --live"
             )
-        if self.inventory is not None and self.live:
-            raise ConfigError("plan.inventory and plan.live exclude each other: give one of them")
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)} exclude each other: give one of them")
         if not self.live and (self.ray_address or self.cpu_budget_bytes or self.device != AUTO):
             raise ConfigError(
                 "plan.ray_address, plan.device and plan.cpu_budget are for plan.live: an inventory "

@@ -14,6 +14,7 @@ from tightfit.cluster.gateway.auth import Audit, Authenticate, GatewaySecurity
 from tightfit.cluster.gateway.cluster_service import ClusterService
 from tightfit.cluster.gateway.service import InferenceService
 from tightfit.cluster.gateway.status import RefuseMalformed
+from tightfit.cluster.gateway.watch import Tracer
 from tightfit.cluster.metrics import Metrics
 from tightfit.cluster.tokenizer import Tokenizer
 from tightfit.v1 import cluster_pb2, inference_pb2
@@ -22,6 +23,9 @@ from tightfit.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_serve
 
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 CLUSTER = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name
+LIVENESS = "liveness"
+"""A name that health checks may ask for: whether this process is of use, or has to be started
+again."""
 HEALTH_POLL_S = 0.25
 STOP_GRACE_S = 1.0
 MAX_REQUEST_BYTES = 4 * 2**20
@@ -66,6 +70,7 @@ class GatewayServer:
         tokenizer: the model's.
         metrics: where to count.
         security: what callers have to show; default: nothing.
+        tracer: where traces of requests go; None: nowhere.
     Raises:
         ConfigError: the checkpoint's chat template is not valid.
     """
@@ -76,6 +81,8 @@ class GatewayServer:
         tokenizer: Tokenizer,
         metrics: Metrics,
         security: GatewaySecurity | None = None,
+        *,
+        tracer: Tracer | None = None,
     ) -> None:
         self._engine, self._metrics = engine, metrics
         self._security = security or GatewaySecurity()
@@ -84,7 +91,7 @@ class GatewayServer:
         self._health = health.aio.HealthServicer()
         self._watcher: asyncio.Task[None] | None = None
         self.drain_requested = asyncio.Event()
-        self._inference = InferenceService(engine, tokenizer, metrics)
+        self._inference = InferenceService(engine, tokenizer, metrics, tracer)
         add_InferenceServiceServicer_to_server(self._inference, self._server)
         add_ClusterServiceServicer_to_server(ClusterService(engine, self._drain), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -164,5 +171,7 @@ class GatewayServer:
         state = status.SERVING if serving else status.NOT_SERVING
         for service in ("", INFERENCE):
             await self._health.set(service, state)
+        lost = self._engine.health in ("failed", "stalled")
+        await self._health.set(LIVENESS, status.NOT_SERVING if lost else status.SERVING)
         # The cluster's state can be asked even when nothing is served.
         await self._health.set(CLUSTER, status.SERVING)
