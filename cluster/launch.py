@@ -19,7 +19,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tightfit.cluster.errors import ConfigError, PlacementError, UnavailableError
-from tightfit.cluster.nodes import alive_nodes, probe_nodes
+from tightfit.cluster.nodes import alive_nodes, probe_nodes, slowest_link
 from tightfit.cluster.pipeline import LinkedStages
 from tightfit.cluster.placement import Place
 from tightfit.cluster.ray_authentication import answers_anyone
@@ -27,8 +27,9 @@ from tightfit.cluster.ray_node import OBJECT_STORE_BYTES, JoinedNode
 from tightfit.workers.actor import StageActor
 from tightfit.workers.api import LoadProgress, StageSpec, StageStatus
 from tightfit.workers.errors import WorkerError
+from tightfit.workers.logs import log_environment
 from tightfit.workers.model_formats import AUTO
-from tightfit.workers.probing.result import NodeProbe
+from tightfit.workers.probing.result import LinkRate, NodeProbe
 
 log = logging.getLogger(__name__)
 
@@ -193,8 +194,10 @@ class RaySession:
         shutil.rmtree(self._temp_dir, ignore_errors=True)
 
 
-def probe_cluster(address: str, device: str, *, insecure: bool) -> list[NodeProbe]:
-    """What every node of a Ray cluster measures of itself.
+def probe_cluster(
+    address: str, device: str, *, insecure: bool
+) -> tuple[list[NodeProbe], LinkRate | None]:
+    """What every node of a Ray cluster measures of itself, and the slowest link between them.
 
     Raises:
         ConfigError: the cluster cannot be reached, or asks nobody for a token.
@@ -202,7 +205,8 @@ def probe_cluster(address: str, device: str, *, insecure: bool) -> list[NodeProb
     """
     session = RaySession(RayOptions(address=address, insecure=insecure))
     try:
-        return probe_nodes(alive_nodes(), "all" if device == AUTO else device)
+        nodes = alive_nodes()
+        return probe_nodes(nodes, "all" if device == AUTO else device), slowest_link(nodes)
     finally:
         session.close()
 
@@ -215,6 +219,7 @@ def _stage_environment(threads: int, gpu_uuid: str | None) -> dict[str, str]:
     """
     spin = os.environ.get("GOMP_SPINCOUNT", str(SPIN_COUNT))
     environment = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": spin, "PYTHONSAFEPATH": "1"}
+    environment |= log_environment()
     if gpu_uuid is not None:
         environment["CUDA_VISIBLE_DEVICES"] = f"GPU-{gpu_uuid.removeprefix('GPU-')}"
         environment["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"
@@ -394,9 +399,11 @@ class StageGroup:
         endpoints = [
             self._result(actor.endpoint.remote(), index) for index, actor in enumerate(self._actors)
         ]
-        for index, onward in enumerate([*endpoints[1:], ours.endpoint]):
-            self._result(self._actors[index].connect.remote(onward, epoch), index)
-        ours.connect(endpoints[0])
+        onwards, upstreams = [*endpoints[1:], ours.endpoint], [ours.endpoint, *endpoints[:-1]]
+        for index, (onward, upstream) in enumerate(zip(onwards, upstreams, strict=True)):
+            wired = self._actors[index].connect.remote(onward, epoch, upstream.public_key)
+            self._result(wired, index)
+        ours.connect(endpoints[0], last_key=endpoints[-1].public_key)
         self._runs = [actor.run.remote() for actor in self._actors]
         self._watcher = threading.Thread(target=self._watch, name="stage-watch", daemon=True)
         self._watcher.start()

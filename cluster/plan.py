@@ -27,9 +27,11 @@ from tightfit.cluster.planning.inventory import (
 from tightfit.cluster.planning.picture import picture
 from tightfit.cluster.planning.plan import Plan, dump_plan
 from tightfit.cluster.planning.planner import solve
-from tightfit.cluster.planning.report import report
+from tightfit.cluster.planning.replicas import make_replicas
+from tightfit.cluster.planning.report import replica_lines, report
 from tightfit.cluster.planning.request import PlanRequest
 from tightfit.cluster.settings import as_mapping, read_yaml
+from tightfit.cluster.simulation import Load, Simulation, Spread, simulate_plan
 from tightfit.workers.decoder_config import decoder_config
 
 
@@ -44,6 +46,8 @@ def plan(config: PlanConfig, *, output: str) -> int:
         ConfigError: the model's config or the inventory cannot be used.
         PlacementError: the model does not fit; says what lacks and what would do.
     """
+    if config.simulate is not None and output not in ("table", "json"):
+        raise ConfigError(f"plan.simulate goes with the table and --json, not with --{output}")
     model = decoder_config(read_model_config(config.model))
     request = plan_request(config, model, _inventory(config))
     name = _model_name(config.model)
@@ -51,14 +55,19 @@ def plan(config: PlanConfig, *, output: str) -> int:
     if solution is None:
         raise PlacementError(why_not(name, request))
     found = make_plan(name, request, solution)
-    others = _other_replicas(config.replicas, name, request, found)
+    replicas = None
+    if config.num_replicas != 1:
+        replicas = make_replicas(name, request, config.num_replicas, solution)
+        found = replicas.plans[0]
+    plans = (found,) if replicas is None else replicas.plans
     if output == "yaml":
-        print(dump_plan(found), end="")
+        print("---\n".join(dump_plan(plan) for plan in plans), end="")
         return 0
     if output == "svg":
-        print(picture(found), end="")
+        print(picture(*plans), end="")
         return 0
     explanation = explain(request, solution, found)
+    simulation = _simulation(config, request, found)
     if output == "json":
         tree = {
             "plan": dataclasses.asdict(found),
@@ -69,34 +78,40 @@ def plan(config: PlanConfig, *, output: str) -> int:
             "token_s": found.token_s,
             "tokens_per_s": found.tokens_per_s,
             "prefill_tokens_per_s": found.prefill_tokens_per_s,
-            "other_replicas": [[stage.device for stage in other.stages] for other in others],
+            "replicas": None if replicas is None else dataclasses.asdict(replicas),
+            "simulation": None if simulation is None else dataclasses.asdict(simulation),
         }
         print(json.dumps(tree, indent=1))
     else:
         print(report(request, found, explanation))
-        for number, other in enumerate(others, start=2):
-            print(f"replica {number}      " + ", ".join(stage.device for stage in other.stages))
+        if replicas is not None:
+            print(replica_lines(replicas))
+        if simulation is not None:
+            print(simulation_line(simulation))
     return 0
 
 
-def _other_replicas(count: int, name: str, request: PlanRequest, first: Plan) -> list[Plan]:
-    """Plans for the second replica and so on, each on devices that no earlier one has.
+def _simulation(config: PlanConfig, request: PlanRequest, found: Plan) -> Simulation | None:
+    if config.load is None:
+        return None
+    load = Load(**config.load)
+    return simulate_plan(found, load, max_context_tokens=request.model.max_position)
 
-    Raises:
-        PlacementError: what is left does not hold another one.
-    """
-    plans = [first]
-    taken: frozenset[str] = request.exclude
-    for number in range(2, count + 1):
-        taken |= {stage.device for stage in plans[-1].stages}
-        left = [device for device in request.inventory.devices if device.device_id not in taken]
-        request = dataclasses.replace(request, exclude=taken)
-        solution = solve(request) if left else None
-        if solution is None:
-            why = why_not(name, request) if left else "the others hold every device"
-            raise PlacementError(f"replica {number} of {count}: {why}")
-        plans.append(make_plan(name, request, solution))
-    return plans[1:]
+
+def simulation_line(simulation: Simulation) -> str:
+    """For people, as the other lines of the table."""
+    load, ttft, itl = simulation.load, simulation.ttft, simulation.itl
+    number = f"{load.requests:,} requests on " if load.requests != load.streams else ""
+    busy = ", ".join(f"{100 * share:.0f} %" for share in simulation.busy)
+    return (
+        f"simulated      {number}{load.streams:,} streams of {load.prompt:,} + {load.output:,} "
+        f"tokens: {simulation.tokens_per_s:,.1f} tokens/s; first token after {_ms(ttft)}, then one "
+        f"every {_ms(itl)}; stages busy {busy}"
+    )
+
+
+def _ms(times: Spread) -> str:
+    return f"{1000 * times.mean_s:,.1f} ms (p99 {1000 * times.p99_s:,.1f})"
 
 
 def read_model_config(model: str) -> Mapping[str, object]:
@@ -131,7 +146,7 @@ def _read_json(path: Path) -> object:
     """Not as YAML, for which 1e-05 is text."""
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
 
 
@@ -174,12 +189,16 @@ def _measured(config: PlanConfig) -> Inventory:
     from tightfit.cluster.live import live_inventory, probe_here
 
     if config.ray_address is None:
-        probes = [probe_here(config.device)]
+        probes, between = [probe_here(config.device)], None
     else:
         from tightfit.cluster import ray_environment
 
         ray_environment.prepare(is_private=False)
         from tightfit.cluster.launch import probe_cluster
 
-        probes = probe_cluster(config.ray_address, config.device, insecure=config.insecure_ray)
-    return live_inventory(probes, config.device, cpu_budget_bytes=config.cpu_budget_bytes)
+        probes, between = probe_cluster(
+            config.ray_address, config.device, insecure=config.insecure_ray
+        )
+    return live_inventory(
+        probes, config.device, between=between, cpu_budget_bytes=config.cpu_budget_bytes
+    )

@@ -91,7 +91,8 @@ def test_every_make_target_in_the_documents_is_one():
 
 
 def test_every_setting_of_the_service_is_used_where_the_service_is_put_together():
-    deployment = (ROOT / "cluster" / "deployment.py").read_text()
+    parts = ("arrangement", "deployment", "observing", "placement")
+    deployment = "".join((ROOT / "cluster" / f"{part}.py").read_text() for part in parts)
     name = (ROOT / "cluster" / "config" / "serve.py").read_text().partition("def model_name")[2]
     unused = [
         setting.name

@@ -84,7 +84,7 @@ def test_a_later_file_takes_keys_away_with_null(run, tmp_path):
 def test_pools_that_are_too_small_are_explained(run):
     code, _, error = run(over(VALUES, {"serve": {"format": "int8", "stages": 8}}))
     assert code == 1
-    assert "opt-175b does not fit: all 8 devices hold at most 88 of 96 layers in int8" in error
+    assert "opt-175b does not fit: all 8 devices hold at most 95 of 96 layers in int8" in error
     assert "or with 1 more rtx-3090" in error
 
 
@@ -97,26 +97,19 @@ def test_more_stages_than_asked_for_are_not_planned(run):
 def test_each_replica_has_devices_of_its_own(run):
     values = over(VALUES, {"pools": {"big": {"nodes": 3}}, "gateway": {"replicas": 2}})
     code, out, _ = run(values, "--json")
-    tree = json.loads(out)
-    first = {stage["device"] for stage in tree["plan"]["stages"]}
-    (second,) = tree["other_replicas"]
+    plans = json.loads(out)["replicas"]["plans"]
+    used = [stage["device"] for plan in plans for stage in plan["stages"]]
     assert code == 0
-    assert len(first) == len(second) == 5
-    assert not first & set(second)
-    assert "replica 2      big-" in run(values)[1]
+    assert [len(plan["stages"]) for plan in plans] == [5, 5]
+    assert len(set(used)) == 10
 
 
 def test_a_replica_too_many_is_said_to_be_one(run):
     code, _, error = run(over(VALUES, {"gateway": {"replicas": 2}}))
     assert code == 1
-    assert error.startswith("tightfit plan: replica 2 of 2: opt-175b does not fit: all 3 devices")
+    assert error.startswith("tightfit plan: 2 pipelines are asked for, and the inventory holds 1")
     scaled = {"gateway": {"autoscaling": {"enabled": True, "maxReplicas": 2}}}
-    assert "replica 2 of 2" in run(over(VALUES, scaled))[2]
-
-
-def test_when_the_others_hold_every_device_that_is_said(run):
-    values = over(VALUES, {"pools": {"big": {"nodes": 1, "devices": {"count": 5}}}})
-    assert "the others hold every device" in run(values, "--replicas", "2")[2]
+    assert "2 pipelines are asked for" in run(over(VALUES, scaled))[2]
 
 
 def test_the_plan_section_goes_over_what_follows_from_serve(run):

@@ -126,7 +126,7 @@ def _of_chart(paths: str) -> dict[str, object]:
         raise ConfigError("serve.model is missing. It is: what is to be served")
     if serve.stages is not None and serve.embedding_place == AUTO:
         serve = dataclasses.replace(serve, embedding_place="device")
-    devices: dict[str, object] = {"values": paths, "replicas": num_replicas(values)}
+    devices: dict[str, object] = {"values": paths, "replicas": str(num_replicas(values))}
     if serve.stages is not None:
         devices["max_devices"] = serve.stages
     return {**_as_served(section(values, "plan"), serve, devices), "model": model}

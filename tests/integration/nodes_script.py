@@ -11,7 +11,7 @@ import sys
 
 import tightfit.cluster.ray_environment as ray_environment
 
-ray_environment.prepare(is_private=False)
+ray_environment.prepare(is_private=True)  # the cluster is this process's, and has its token
 
 import ray  # noqa: E402
 from prometheus_client import CollectorRegistry  # noqa: E402
@@ -46,6 +46,7 @@ def main(path: str, length: int) -> None:
             cluster.add_node(num_cpus=1)
         config = ServeConfig(
             model=path, format="fp32", stages=2, ray_address=cluster.address, kv_blocks=64,
+            insecure_ray=True,
             ray_strategy="STRICT_SPREAD",
         )  # fmt: skip
         model = describe_model(config.model)

@@ -28,7 +28,7 @@ from tightfit.cluster.launch import RaySession  # noqa: E402
 from tightfit.cluster.live import Surroundings  # noqa: E402
 from tightfit.cluster.metrics import Metrics  # noqa: E402
 from tightfit.cluster.model import describe_model  # noqa: E402
-from tightfit.cluster.nodes import NODE_LABEL, alive_nodes  # noqa: E402
+from tightfit.cluster.nodes import NODE_LABEL, alive_nodes, slowest_link  # noqa: E402
 from tightfit.cluster.request import Request, SamplingParams  # noqa: E402
 from tightfit.cluster.tokenizer import load_tokenizer  # noqa: E402
 
@@ -67,6 +67,7 @@ def main(path: str, plan: str, length: int) -> None:
             on = [names[status.node_id] for status in replica.statuses]
             lines = compare(arrangement, replica.statuses)
             around = Surroundings(arrangement.placement.plan, (), arrangement.places)
+            link = slowest_link(alive_nodes())
             before = [device.device_id for device in around.inventory().devices]
             cluster.add_node(num_cpus=2, labels={NODE_LABEL: "c"})
             after = [device.device_id for device in around.inventory().devices]
@@ -85,7 +86,9 @@ def main(path: str, plan: str, length: int) -> None:
         json.dumps(
             {
                 "tokens": tokens, "on": on, "compare": lines, "before": before, "after": after,
-                "again": again, "refusal": refusal, "left": left,
+                "again": again,
+                "link": [link.source, link.target, link.latency_s, link.bytes_per_s],
+                "refusal": refusal, "left": left,
             }
         )
     )  # fmt: skip
