@@ -39,8 +39,8 @@ gateway.ingress.host: missing
 {{- if and $g.grpcRoute.enabled (not $g.grpcRoute.parentRefs) }}
 gateway.grpcRoute.parentRefs: missing; name the Gateway that the route belongs to
 {{- end }}
-{{- if ne (len (uniq (list (int $g.port) (int $g.metricsPort) (int $g.healthPort)))) 3 }}
-gateway.port, gateway.metricsPort, gateway.healthPort: two of them are the same
+{{- if ne (len (uniq (list (int $g.port) (int $g.metricsPort) (int $g.healthPort) (int $g.live.port)))) 4 }}
+gateway.port, gateway.metricsPort, gateway.healthPort, gateway.live.port: two of them are the same
 {{- end }}
 {{- end -}}
 
