@@ -61,7 +61,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 
 {{/* "cpu" or "gpu", of a type of device. */}}
 {{- define "tightfit.kind" -}}
-{{- $type := get .root.Values.deviceTypes .type | default dict -}}
+{{- $type := get (default dict .root.Values.deviceTypes) .type | default dict -}}
 {{- $type.kind | default "gpu" -}}
 {{- end -}}
 
