@@ -83,6 +83,7 @@ class Stage:
             self.model = ShardModel.load(checkpoint, self.config, spec, progress=progress)
         finally:
             checkpoint.close()
+        del checkpoint  # its header may list a vocabulary
         self.num_kv_blocks = self._account.num_kv_blocks
         self.model.allocate_kv(self.num_kv_blocks)
         self._account.settle(self._rehearse)

@@ -9,8 +9,8 @@ import shutil
 
 import pytest
 import wide_models
+from harness import gguf
 from measured_stage import load_stage
-from test_tokenizer_files import gguf
 
 from tightfit.kernels.formats import Format
 from tightfit.workers.api import ALLOWED_DIFFERENCE, RUNTIME_BYTES
