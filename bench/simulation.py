@@ -54,8 +54,8 @@ TELLING = (
 """One, two and six sequences in a micro-batch; twelve streams are four."""
 WARM_UP = replace(FULL, streams=4, requests=4, output=16)
 CONTROL_STEPS = replace(FULL, output=256)
-LEAST_STEPS = 2
-"""Of so many tokens that there have to be, for their time to be told: prompts are few."""
+LEAST_STEPS = 5
+"""Of so many tokens, for their mean to count; prompts' are on the line beyond the decodes'."""
 START_LIMIT_S = 120.0
 SCHEDULER = SchedulerConfig(
     num_blocks=KV_BLOCKS, max_context_tokens=2048, num_stages=len(LAYERS), enable_prefix_cache=False
