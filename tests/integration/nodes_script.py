@@ -8,6 +8,7 @@ its own: every port there is one of the service's.
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import json
 import os
 import sys
@@ -91,7 +92,12 @@ def command_lines():
     return "\n".join(lines)
 
 
+LIMIT_S = 150.0
+"""Then it ends, and says where it was."""
+
+
 def main(path: str, length: int) -> None:
+    faulthandler.dump_traceback_later(LIMIT_S, exit=True)
     head = {"num_cpus": 0, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     with ExitStack() as cleanup:

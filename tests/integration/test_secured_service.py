@@ -3,6 +3,8 @@
 import contextlib
 import json
 import socket
+import ssl
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -65,11 +67,12 @@ def test_a_secured_service_answers_its_callers_and_nobody_else_on_any_port(tmp_p
         main(["token", "create", name, "--role", role, "--tokens-file", str(tokens)])
         secrets[name] = capsys.readouterr().out.strip()
     cert, key = certificates.issue("gateway")
-    metrics, health = (f"127.0.0.1:{free_port()}" for _ in range(2))
+    metrics, health, live = (f"127.0.0.1:{free_port()}" for _ in range(3))
     with Served(
         model.path, "--tls-cert", str(cert), "--tls-key", str(key), "--tokens-file", str(tokens),
         "--audit-log", str(tmp_path / "audit.jsonl"), "--metrics-listen", metrics,
-        "--health-listen", health, "--log-level", "debug", "--format", "fp32",
+        "--health-listen", health, "--live-listen", live, "--log-level", "debug",
+        "--format", "fp32",
     ) as service:  # fmt: skip
         everybody = [psutil.Process(service.process.pid), *service.family]
         credentials = certificates.trusting()
@@ -82,7 +85,8 @@ def test_a_secured_service_answers_its_callers_and_nobody_else_on_any_port(tmp_p
 
         before = ask(secrets["ann"])
         ports = listening(everybody)
-        named = {int(address.rpartition(":")[2]) for address in (service.target, metrics, health)}
+        addresses = (service.target, metrics, health, live)
+        named = {int(address.rpartition(":")[2]) for address in addresses}
         assert named < ports
         assert len(ports) > len(named) + 3  # Ray's
         assert send_noise(ports) >= 4 * len(ports) - 8
@@ -94,6 +98,16 @@ def test_a_secured_service_answers_its_callers_and_nobody_else_on_any_port(tmp_p
             stub = health_pb2_grpc.HealthStub(channel)
             answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        browser = ssl.create_default_context(cafile=certificates.ca)
+        page = f"https://{live}/live.json"
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(page, context=browser, timeout=10)
+        request = urllib.request.Request(
+            page, headers={"Authorization": f"Bearer {secrets['ann']}"}
+        )
+        with urllib.request.urlopen(request, context=browser, timeout=10) as answered:
+            shown_live = answered.read().decode()
+        assert json.loads(shown_live)
         scraped = urllib.request.urlopen(f"http://{metrics}/metrics", timeout=10).read().decode()
         assert "tightfit_generation_tokens_total" in scraped
         assert ask(secrets["ann"]) == before
@@ -108,7 +122,7 @@ def test_a_secured_service_answers_its_callers_and_nobody_else_on_any_port(tmp_p
             return False
 
         assert wait_for(is_refused, 10)
-        seen = shown_by(everybody) + scraped
+        seen = shown_by(everybody) + scraped + shown_live
         hidden = [*secrets.values(), ray_token(everybody), PROMPT]
         with Client(
             service.target, timeout_s=30, credentials=credentials, token=secrets["ops"]
