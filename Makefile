@@ -84,8 +84,9 @@ kernels: $(READY) ## Compile the GPU kernels for every chip, and write docs/kern
 fit: $(READY) ## Plan the large models on each kind of device, and write docs/fit.md
 	$(BIN)/python tools/fit_report.py
 
-chart: $(READY) ## Write the commands' settings into the schema of the Helm chart's values
+chart: $(READY) ## Write the commands' settings into the schema of the Helm chart's values, and its README's table
 	$(BIN)/python tools/chart_schema.py
+	$(BIN)/python tools/chart_readme.py
 
 dist: $(READY) ## Build the wheel and the source archive into dist/
 	$(BIN)/python -m build

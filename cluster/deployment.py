@@ -24,10 +24,12 @@ from tightfit.cluster.config import PlanConfig, ServeConfig, split_address
 from tightfit.cluster.engine import Engine, ModelInfo
 from tightfit.cluster.gateway.auth import GatewaySecurity
 from tightfit.cluster.gateway.server import GatewayServer
+from tightfit.cluster.gateway.watch import Tracer
 from tightfit.cluster.launch import RayOptions, RaySession, StageGroup
 from tightfit.cluster.live import Surroundings
-from tightfit.cluster.metrics import Metrics, MetricsServer
+from tightfit.cluster.metrics import Metrics
 from tightfit.cluster.model import ModelDescription, describe_model
+from tightfit.cluster.observing import show, start_tracing
 from tightfit.cluster.pipeline import LinkedStages, Pipeline
 from tightfit.cluster.placement import Placement
 from tightfit.cluster.progress import LoadView
@@ -155,7 +157,6 @@ def make_engine(
     )
     pipeline = Pipeline(replica.links, max_in_flight=num_stages)
     pipeline.begin_epoch(FIRST_EPOCH)
-    metrics.set_stages(replica.statuses)
     return Engine(
         scheduler,
         pipeline,
@@ -171,6 +172,7 @@ def make_engine(
         ),
         metrics=metrics,
         stage_statuses=replica.group.statuses,
+        num_traced_steps=0 if config.trace_endpoint is None else config.trace_steps,
     )
 
 
@@ -189,6 +191,7 @@ def serve(config: ServeConfig, plan_config: PlanConfig | None = None) -> int:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with ExitStack() as cleanup, Interrupts() as interrupts:
         security = gateway_security(config)
+        tracer = start_tracing(config, cleanup)
         model = describe_model(config.model)
         early = arrange_early(config, model)
         loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
@@ -213,17 +216,15 @@ def serve(config: ServeConfig, plan_config: PlanConfig | None = None) -> int:
         replica = start_replica(session, arrangement, lost.report, cleanup, check=interrupts.check)
         engine = make_engine(placement, model, replica, tokenizer.result(), metrics)
         lost.tell(engine.fail)
+        show(config, engine, metrics, registry, cleanup)
         watch = watch_plan(arrangement, engine, cpu_budget_bytes=budget)
         if watch is not None:
             watch.start()
             cleanup.callback(watch.close)
-        if config.metrics_listen is not None:
-            host, port = split_address(config.metrics_listen)
-            cleanup.callback(MetricsServer(registry, host, port).close)
         gc.collect()
         gc.freeze()  # nothing of the start-up is garbage later
         return asyncio.run(
-            _serve(config, engine, tokenizer.result(), metrics, security, interrupts)
+            _serve(config, engine, tokenizer.result(), metrics, tracer, security, interrupts)
         )
 
 
@@ -329,6 +330,7 @@ async def _serve(
     engine: Engine,
     tokenizer: Tokenizer,
     metrics: Metrics,
+    tracer: Tracer | None,
     security: GatewaySecurity,
     interrupts: Interrupts,
 ) -> int:
@@ -338,7 +340,7 @@ async def _serve(
     loop.add_signal_handler(signal.SIGINT, stop.set)
     loop.add_signal_handler(signal.SIGTERM, drain.set)
     interrupts.check()
-    gateway = GatewayServer(engine, tokenizer, metrics, security)
+    gateway = GatewayServer(engine, tokenizer, metrics, security, tracer=tracer)
     host, port = split_address(config.listen)
     try:
         bound = await gateway.start(host, port)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from tightfit.cluster.errors import InvalidRequestError, UnavailableError
 from tightfit.cluster.metrics import Metrics
 from tightfit.cluster.pipeline import Completed, Pipeline
-from tightfit.cluster.request import FinishReason, Request, TokenEvent
+from tightfit.cluster.request import FinishReason, Request, StepTiming, TokenEvent
 from tightfit.cluster.scheduling.batching import Scheduler, SchedulerCounts
 from tightfit.workers.api import StageStatus
 
@@ -69,6 +69,8 @@ class RequestStream:
         self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
         self._unfinished = request.sampling.n
         self._num_open = request.sampling.n
+        self.steps: list[StepTiming] = []
+        """Its first steps through the stages, if the engine was told to note any."""
 
     @property
     def request_id(self) -> str:
@@ -127,6 +129,7 @@ class Engine:
         metrics: where to count.
         stage_statuses: asks the stages for their state; may be called from any thread.
         stall_s: seconds without a result, with work in flight, after which health is "stalled".
+        num_traced_steps: of each request, steps whose times are kept for its trace.
     """
 
     def __init__(
@@ -138,6 +141,7 @@ class Engine:
         metrics: Metrics,
         stage_statuses: Callable[[], Sequence[StageStatus]] = tuple,
         stall_s: float = STALL_S,
+        num_traced_steps: int = 0,
     ) -> None:
         self.model_info = model
         self.better_plan = ""
@@ -147,6 +151,7 @@ class Engine:
         self._metrics = metrics
         self._stage_statuses = stage_statuses
         self._stall_s = stall_s
+        self._num_traced_steps = num_traced_steps
         self._lock = threading.Lock()
         self._streams: dict[str, RequestStream] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -317,12 +322,34 @@ class Engine:
         with self._lock:
             events = list(self._scheduler.expire(now_s))
             if completed is not None and not self._failure:
+                if self._num_traced_steps:
+                    self._note_step(completed)
                 events += self._scheduler.apply(completed.slices, completed.result, now_s)
             news = self._addressed(events)
         if completed is not None:
             self._fill()
             self._count(completed)
         self._deliver(news)
+
+    def _note_step(self, completed: Completed) -> None:
+        """Keep a step's times with the requests that were in it; call it under the lock, before
+        the step is applied."""
+        result = completed.result
+        for part in completed.slices:
+            request_id = self._scheduler.request_of(part.sequence_id)
+            stream = None if request_id is None else self._streams.get(request_id)
+            if stream is None or len(stream.steps) == self._num_traced_steps:
+                continue
+            stream.steps.append(
+                StepTiming(
+                    step=result.step,
+                    epoch=result.epoch,
+                    num_tokens=len(part.token_ids),
+                    num_batch_tokens=sum(len(p.token_ids) for p in completed.slices),
+                    started_unix_s=tuple(result.started_unix_s),
+                    forward_s=tuple(result.forward_s),
+                )
+            )
 
     def _fill(self) -> None:
         while self._pipeline.has_room and not self._failure:

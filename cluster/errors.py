@@ -93,3 +93,8 @@ class PlacementError(TightfitError):
     """The model does not fit on the devices as asked."""
 
     status = "FAILED_PRECONDITION"
+
+
+def statuses() -> tuple[str, ...]:
+    """Name of every gRPC status that an error raised on purpose becomes."""
+    return tuple(sorted({kind.status for kind in TightfitError.__subclasses__()}))

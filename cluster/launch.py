@@ -27,6 +27,7 @@ from tightfit.cluster.ray_node import OBJECT_STORE_BYTES, JoinedNode
 from tightfit.workers.actor import StageActor
 from tightfit.workers.api import LoadProgress, StageSpec, StageStatus
 from tightfit.workers.errors import WorkerError
+from tightfit.workers.logs import log_environment
 from tightfit.workers.model_formats import AUTO
 from tightfit.workers.probing.result import LinkRate, NodeProbe
 
@@ -218,6 +219,7 @@ def _stage_environment(threads: int, gpu_uuid: str | None) -> dict[str, str]:
     """
     spin = os.environ.get("GOMP_SPINCOUNT", str(SPIN_COUNT))
     environment = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": spin, "PYTHONSAFEPATH": "1"}
+    environment |= log_environment()
     if gpu_uuid is not None:
         environment["CUDA_VISIBLE_DEVICES"] = f"GPU-{gpu_uuid.removeprefix('GPU-')}"
         environment["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"

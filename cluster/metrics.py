@@ -2,15 +2,21 @@
 
 Names and meanings are vLLM's where it has the same metric; all begin with `tightfit_`, in base
 units. Methods take plain numbers, so callers know nothing of Prometheus. All are thread-safe.
+
+There is one endpoint, the gateway's. What stages measure comes to it in two ways: the time that
+each computed with every step's result, and what it holds with the status that `monitor` asks for.
+No label takes its value from a request, so the number of stages decides the number of series.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
-from tightfit.cluster.request import FinishReason
+from tightfit.cluster.errors import statuses
+from tightfit.cluster.request import FinishReason, RequestRecord
 from tightfit.cluster.scheduling.batching import SchedulerCounts
 from tightfit.workers.api import StageStatus
 
@@ -34,7 +40,8 @@ STEP_BUCKETS_S = (
     1e-3, 2e-3, 4e-3, 6e-3, 8e-3, 10e-3, 12e-3, 15e-3, 20e-3, 30e-3, 50e-3, 75e-3, 100e-3, 200e-3,
     500e-3, 1.0, 2.5, 5.0, 10.0,
 )  # fmt: skip
-RECOVERY_BUCKETS_S = (0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
+TOKEN_BUCKETS = tuple(2**power for power in range(18))
+HEALTH_STATES = ("ok", "idle", "stalled", "failed", "draining")
 
 
 class Metrics:
@@ -50,7 +57,8 @@ class Metrics:
         self._define_requests()
         self._define_scheduler()
         self._define_pipeline()
-        self._define_recovery()
+        self._define_deployment()
+        self._define_stages()
         for stage in range(num_stages):
             self._stage_busy.labels(str(stage))
         self._totals: dict[Counter, int] = {}
@@ -87,6 +95,22 @@ class Metrics:
             "From a request's arrival until its first tokens were computed.",
             REQUEST_BUCKETS_S,
         )
+        self._prefill_time = self._histogram(
+            "request_prefill_time_seconds",
+            "From the end of a request's wait to its first token.",
+            REQUEST_BUCKETS_S,
+        )
+        self._decode_time = self._histogram(
+            "request_decode_time_seconds",
+            "From a request's first token to its end.",
+            REQUEST_BUCKETS_S,
+        )
+        self._request_prompt_tokens = self._histogram(
+            "request_prompt_tokens", "Prompt tokens of a request that ended.", TOKEN_BUCKETS
+        )
+        self._request_generation_tokens = self._histogram(
+            "request_generation_tokens", "Tokens that an ended request generated.", TOKEN_BUCKETS
+        )
         self._finished = self._counter(
             "requests", "Requests that ended, by reason.", ["finished_reason"]
         )
@@ -95,6 +119,8 @@ class Metrics:
         self._refused = self._counter(
             "requests_refused", "Requests refused on arrival, by gRPC status.", ["status"]
         )
+        for status in statuses():
+            self._refused.labels(status)
         self._prompt_tokens = self._counter(
             "prompt_tokens", "Prompt tokens computed or found cached."
         )
@@ -106,7 +132,13 @@ class Metrics:
     def _define_scheduler(self) -> None:
         self._running = self._gauge("num_requests_running", "Sequences that hold KV blocks.")
         self._waiting = self._gauge("num_requests_waiting", "Sequences that wait for room.")
+        self._queued_tokens = self._gauge(
+            "num_queued_prompt_tokens", "Prompt tokens of sequences that never ran."
+        )
         self._kv_usage = self._gauge("kv_cache_usage_ratio", "Share of the KV blocks in use.")
+        self._kv_blocks = self._gauge(
+            "kv_cache_blocks", "KV blocks that there are, on the stage that has fewest."
+        )
         self._preemptions = self._counter(
             "num_preemptions", "Sequences put back to waiting because KV blocks ran out."
         )
@@ -125,8 +157,38 @@ class Metrics:
             "The step overhead divided by the number of stages.",
             OVERHEAD_BUCKETS_S,
         )
+        self._in_flight = self._gauge("num_micro_batches_in_flight", "Micro-batches under way.")
+
+    def _define_deployment(self) -> None:
+        self._build = self._gauge("build_info", "Always 1, with the version.", ["version"])
+        self._model = self._gauge(
+            "model_info", "Always 1, with what is served.", ["model", "family", "format"]
+        )
+        self._start_time = self._gauge(
+            "start_time_seconds", "When the service started, in Unix time."
+        )
+        self._start_time.set(time.time())
+        self._health = self._gauge(
+            "health_state", "1 for the state that the service is in, else 0.", ["state"]
+        )
+        for state in HEALTH_STATES:
+            self._health.labels(state)
+        self._epoch = self._gauge("replica_epoch", "Generation of the replica, from 1.")
+
+    def _define_stages(self) -> None:
         self._stage_busy = self._counter(
-            "stage_busy_seconds", "Time that a stage spent computing.", ["stage"]
+            "stage_busy_seconds",
+            "Time that a stage spent computing; its rate is the stage's busy share.",
+            ["stage"],
+        )
+        self._stage_info = self._gauge(
+            "stage_info",
+            "Always 1, with what a stage is.",
+            ["stage", "device", "node", "format", "kv_format"],
+        )
+        self._stage_layers = self._gauge("stage_layers", "Layers that a stage holds.", ["stage"])
+        self._seen_time = self._gauge(
+            "stage_status_timestamp_seconds", "When all stages last reported, in Unix time."
         )
         self._predicted_bytes = self._gauge(
             "stage_predicted_weight_bytes", "Weights of a stage, from shapes.", ["stage"]
@@ -144,14 +206,13 @@ class Metrics:
         self._gpu_bytes = self._gauge(
             "stage_gpu_bytes", "Given out to a stage by its GPU's allocator.", ["stage"]
         )
-
-    def _define_recovery(self) -> None:
-        self._recoveries = self._counter("recoveries", "Stages replaced after a loss.")
-        self._replayed_tokens = self._counter(
-            "replayed_tokens", "Tokens computed again to rebuild a lost KV cache."
+        self._total_bytes = self._gauge(
+            "stage_memory_bytes", "Weights, KV cache and workspace of a stage.", ["stage"]
         )
-        self._recovery_time = self._histogram(
-            "recovery_seconds", "From a stage's loss to the next step.", RECOVERY_BUCKETS_S
+        self._budget_bytes = self._gauge(
+            "stage_memory_budget_bytes",
+            "Most that a stage may take; absent when it has no limit.",
+            ["stage"],
         )
 
     # -- requests ----------------------------------------------------------------------------
@@ -172,10 +233,16 @@ class Metrics:
         """A request refused on arrival; `status`: name of its gRPC status."""
         self._refused.labels(status).inc()
 
-    def count_finished(self, reason: FinishReason, *, e2e_s: float) -> None:
-        """A request that ended, `e2e_s` seconds after its arrival."""
-        self._finished.labels(reason.value).inc()
-        self._e2e.observe(e2e_s)
+    def count_finished(self, record: RequestRecord) -> None:
+        """A request that ended."""
+        self._finished.labels(record.finish_reason.value).inc()
+        self._e2e.observe(record.duration_s)
+        self._request_prompt_tokens.observe(record.num_prompt_tokens)
+        self._request_generation_tokens.observe(record.num_generated_tokens)
+        if record.prefill_s is not None:
+            self._prefill_time.observe(record.prefill_s)
+        if record.decode_s is not None:
+            self._decode_time.observe(record.decode_s)
 
     # -- steps -------------------------------------------------------------------------------
 
@@ -197,11 +264,18 @@ class Metrics:
             self._overhead.observe(overhead)
             self._stage_overhead.observe(overhead / len(forward_s))
 
-    def set_counts(self, counts: SchedulerCounts) -> None:
-        """The scheduler's state now; its totals since the start become counters here."""
+    def set_load(self, counts: SchedulerCounts) -> None:
+        """How full the service is now."""
         self._running.set(counts.num_running)
         self._waiting.set(counts.num_waiting)
+        self._queued_tokens.set(counts.num_queued_tokens)
         self._kv_usage.set(counts.num_blocks_used / max(1, counts.num_blocks))
+        self._kv_blocks.set(counts.num_blocks)
+
+    def set_counts(self, counts: SchedulerCounts) -> None:
+        """The scheduler's state now; its totals since the start become counters here. Called from
+        one thread, in the order in which the counts were taken."""
+        self.set_load(counts)
         self._raise_to(self._preemptions, counts.num_preemptions)
         self._raise_to(self._prompt_tokens, counts.num_prompt_tokens)
         self._raise_to(self._cached_tokens, counts.num_cached_tokens)
@@ -213,22 +287,39 @@ class Metrics:
         self._totals[counter] = total
         counter.inc(total - before if total >= before else total)
 
+    # -- the deployment ----------------------------------------------------------------------
+
+    def set_model(self, *, version: str, model: str, family: str, weight_format: str) -> None:
+        """What runs here, and what it serves; once."""
+        self._build.labels(version).set(1)
+        self._model.labels(model, family, weight_format).set(1)
+
+    def set_health(self, health: str, *, epoch: int, num_in_flight: int) -> None:
+        """The state of the service now: one of HEALTH_STATES."""
+        for state in HEALTH_STATES:
+            self._health.labels(state).set(state == health)
+        self._epoch.set(epoch)
+        self._in_flight.set(num_in_flight)
+
     def set_stages(self, stages: Sequence[StageStatus]) -> None:
         """What the stages hold now, as they report it."""
+        self._seen_time.set(time.time())
+        self._stage_info.clear()  # a stage may have moved, or changed its format
         for status in stages:
             stage, memory = str(status.stage_index), status.memory
+            self._stage_info.labels(
+                stage, status.device, status.node_id, status.format, status.kv_format
+            ).set(1)
+            self._stage_layers.labels(stage).set(status.end_layer - status.first_layer)
             self._predicted_bytes.labels(stage).set(memory.predicted_weight_bytes)
             self._measured_bytes.labels(stage).set(memory.weight_bytes)
             self._kv_bytes.labels(stage).set(memory.kv_cache_bytes)
             self._workspace_bytes.labels(stage).set(memory.workspace_bytes)
             self._rss_bytes.labels(stage).set(memory.rss_anon_bytes)
             self._gpu_bytes.labels(stage).set(memory.gpu_bytes)
-
-    def count_recovery(self, *, seconds: float, num_replayed_tokens: int) -> None:
-        """A lost stage was replaced, `seconds` after its loss."""
-        self._recoveries.inc()
-        self._recovery_time.observe(seconds)
-        self._replayed_tokens.inc(num_replayed_tokens)
+            self._total_bytes.labels(stage).set(memory.total_bytes)
+            if memory.budget_bytes is not None:
+                self._budget_bytes.labels(stage).set(memory.budget_bytes)
 
 
 class MetricsServer:

@@ -82,5 +82,84 @@ class TokenEvent:
     """For `score_only` requests, on the last event: every prompt token's but the first's."""
     num_cached_tokens: int = 0
     """Prompt tokens whose KV was taken from the prefix cache."""
+    queued_s: float | None = None
+    """Seconds that the sequence waited before it first ran; None: it never did."""
+    num_restarts: int = 0
+    """How often it had to be computed anew from its tokens, as its KV blocks were taken or lost."""
     error: str = ""
     """With FinishReason.ERROR: why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTiming:
+    """One step of a request through the stages."""
+
+    step: int
+    """Number of the micro-batch in its epoch."""
+    epoch: int
+    num_tokens: int
+    """Of this request, in the micro-batch."""
+    num_batch_tokens: int
+    """Of all requests, in the micro-batch."""
+    started_unix_s: tuple[float, ...]
+    """When each stage began to compute, by its own host's clock."""
+    forward_s: tuple[float, ...]
+    """Seconds that each stage computed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestRecord:
+    """A request that has ended: what its metrics, its log line and its trace are made of. No text
+    and no token ids."""
+
+    request_id: str
+    method: str
+    """The gRPC method's name."""
+    finish_reason: FinishReason
+    started_s: float
+    """When the call came, on `time.monotonic`."""
+    ended_s: float
+    tokenized_s: float
+    """When its prompt was tokens and it was queued."""
+    admitted_s: float | None
+    """When its first tokens were sent to the stages; None: never, or nobody heard of it."""
+    first_token_s: float | None
+    recomputed_s: tuple[float, ...] = ()
+    """When one of its sequences went on after it had been computed anew."""
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    """Prompt tokens whose KV came from the prefix cache."""
+    num_generated_tokens: int
+    """In all its sequences, resumed ones not included."""
+    num_sequences: int
+    client: str | None = None
+    """Name of the access token that it came with."""
+    trace_id: str | None = None
+    """Of its trace, in hexadecimal; None: it has none."""
+
+    @property
+    def duration_s(self) -> float:
+        """From its arrival to its end."""
+        return self.ended_s - self.started_s
+
+    @property
+    def queue_s(self) -> float | None:
+        """That it waited to run."""
+        return None if self.admitted_s is None else self.admitted_s - self.tokenized_s
+
+    @property
+    def ttft_s(self) -> float | None:
+        """From its arrival to its first token."""
+        return None if self.first_token_s is None else self.first_token_s - self.started_s
+
+    @property
+    def prefill_s(self) -> float | None:
+        """From the end of its wait to its first token."""
+        if self.first_token_s is None or self.admitted_s is None:
+            return None
+        return self.first_token_s - self.admitted_s
+
+    @property
+    def decode_s(self) -> float | None:
+        """From its first token to its end."""
+        return None if self.first_token_s is None else self.ended_s - self.first_token_s

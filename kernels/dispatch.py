@@ -14,7 +14,12 @@ from torch import Tensor
 
 from tightfit.kernels import cpu, packed_int8
 from tightfit.kernels.crossover import MEASURE_LIMIT_S, NEVER, find_crossover
-from tightfit.kernels.formats import OUTLIER_THRESHOLD, Format, activation_dtype
+from tightfit.kernels.formats import (
+    DECOMPOSED_WIDTH,
+    OUTLIER_THRESHOLD,
+    Format,
+    activation_dtype,
+)
 from tightfit.kernels.groups import GroupWeight, Quantized, pack_groups, quantize_groups
 from tightfit.kernels.ops import Kernel, OpPair, PackedWeight, dense_ops
 from tightfit.kernels.packed_int8 import PackedInt8Weight
@@ -94,11 +99,12 @@ class Linear:
         bias: Tensor | None,
         *,
         shape: tuple[int, int],
+        ops: OpPair[Any] | None = None,
         order: Tensor | None = None,
         device: str,
     ) -> None:
-        """Made by `quantize_linear` and `hold_linear`."""
-        ops = _ops(fmt, device)
+        """Made by `quantize_linear` and `hold_linear`; `ops`: if not those of the format."""
+        ops = ops or _ops(fmt, device)
         self.n_out, self.n_in = shape
         act = DTYPES[activation_dtype(fmt)]
         self.format, self.device = fmt, device
@@ -142,8 +148,16 @@ def _ordered(kernel: Kernel, order: Tensor | None) -> Kernel:
     return lambda x: kernel(x.index_select(1, order))
 
 
-def _with_threshold(weight: PackedWeight, outlier_threshold: float) -> PackedWeight:
-    if isinstance(weight, Int8Weight | PackedInt8Weight):
+def _layer_ops(
+    fmt: Format, shape: tuple[int, int], outlier_threshold: float | None, device: str
+) -> OpPair[Any]:
+    """The format's; of a small layer in `llm_int8` `int8`'s, unless there is a threshold."""
+    is_whole = outlier_threshold is None and min(shape) < DECOMPOSED_WIDTH
+    return _ops(Format.INT8 if fmt is Format.LLM_INT8 and is_whole else fmt, device)
+
+
+def _with_threshold(weight: PackedWeight, outlier_threshold: float | None) -> PackedWeight:
+    if outlier_threshold is not None and isinstance(weight, Int8Weight | PackedInt8Weight):
         return replace(weight, outlier_threshold=outlier_threshold)
     return weight
 
@@ -164,7 +178,7 @@ def quantize_linear(
     fmt: Format,
     *,
     group_size: int | None = None,
-    outlier_threshold: float = OUTLIER_THRESHOLD,
+    outlier_threshold: float | None = OUTLIER_THRESHOLD,
     device: str = "cpu",
 ) -> Linear:
     """Put one layer's weight into `fmt`, in one pass; the result shares no memory with `weight`.
@@ -174,14 +188,16 @@ def quantize_linear(
         bias: [N] or None.
         fmt: wanted format.
         group_size: input features that share a scale in `int4` and `int3`; None: the default.
-        outlier_threshold: of `llm_int8`.
+        outlier_threshold: of `llm_int8`; None: 6.0, in layers at least `DECOMPOSED_WIDTH` wide both
+            ways; smaller ones compute as in `int8`, with any number of tokens.
         device: torch device name.
     Raises:
         ValueError: no such format on this device, shapes that do not fit, or non-finite weights.
     """
-    ops, shape = _ops(fmt, device), _checked_shape(weight, bias)
+    shape = _checked_shape(weight, bias)
+    ops = _layer_ops(fmt, shape, outlier_threshold, device)
     packed = _with_threshold(ops.pack(weight.detach(), group_size, device), outlier_threshold)
-    return Linear(fmt, packed, bias, shape=shape, device=device)
+    return Linear(fmt, packed, bias, ops=ops, shape=shape, device=device)
 
 
 def hold_linear(
@@ -190,7 +206,7 @@ def hold_linear(
     fmt: Format,
     *,
     order: Tensor | None = None,
-    outlier_threshold: float = OUTLIER_THRESHOLD,
+    outlier_threshold: float | None = OUTLIER_THRESHOLD,
     device: str = "cpu",
 ) -> Linear:
     """Take one layer's weight that is quantised already, its numbers kept but for scales rounded to
@@ -201,17 +217,19 @@ def hold_linear(
         bias: [N] or None.
         fmt: `int8`, `llm_int8`, `int4` or `int3`, of as many bits.
         order: [K] whole numbers: column i of the weight belongs to input feature order[i].
-        outlier_threshold: of `llm_int8`.
+        outlier_threshold: of `llm_int8`; None: 6.0, in layers at least `DECOMPOSED_WIDTH` wide both
+            ways; smaller ones compute as in `int8`, with any number of tokens.
         device: torch device name.
     Raises:
         ValueError: the format cannot hold these numbers, or shapes that do not fit.
     """
-    ops, shape = _ops(fmt, device), _checked_shape(weight.integers, bias)
+    shape = _checked_shape(weight.integers, bias)
+    ops = _layer_ops(fmt, shape, outlier_threshold, device)
     if ops.hold is None:
         raise ValueError(f"{fmt} holds no quantised numbers")
     index = None if order is None else order.to(device, torch.int32)
     packed = _with_threshold(ops.hold(weight.to(device)), outlier_threshold)
-    return Linear(fmt, packed, bias, shape=shape, order=index, device=device)
+    return Linear(fmt, packed, bias, ops=ops, shape=shape, order=index, device=device)
 
 
 def measure_crossover(linear: Linear, *alike: Linear, limit_s: float = MEASURE_LIMIT_S) -> int:

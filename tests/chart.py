@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,8 @@ def run_helm(
 ) -> subprocess.CompletedProcess[str]:
     """`helm template` or `helm lint` with these values."""
     file = directory / "values.yaml"
-    file.write_text(yaml.safe_dump(values, allow_unicode=True))
+    # As JSON: for PyYAML 1e6 is a text that needs no quotes, for Helm it is a number.
+    file.write_text(json.dumps(values, ensure_ascii=False))
     release = ["r"] if command == "template" else []
     return subprocess.run(
         [helm_binary(major), command, *release, CHART, "--values", file, *flags],

@@ -86,7 +86,10 @@ class ModelStages:
                         logprobs=[-float(target) for target in part.score_targets],
                     )
                 )
-        return StepResult(epoch=epoch, step=step, tokens=tokens, scores=scores, forward_s=[0.0])
+        return StepResult(
+            epoch=epoch, step=step, tokens=tokens, scores=scores, forward_s=[0.0],
+            started_unix_s=[time.time()],
+        )  # fmt: skip
 
     def sampled(self, sequence_id: int, digest: bytes, spec: SamplingSpec) -> SampledToken:
         """The token after the context with this digest, whatever the spec wants."""

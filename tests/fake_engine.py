@@ -76,6 +76,7 @@ class FakeStream:
         self.queue = asyncio.Queue()
         self.unfinished = request.sampling.n
         self.ended = [False] * request.sampling.n
+        self.steps = []
 
     def push(self, event):
         self.queue.put_nowait(event)

@@ -17,6 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tightfit.cluster.engine import Engine, ModelInfo
 from tightfit.cluster.gateway.server import GatewayServer
+from tightfit.cluster.gateway.watch import Tracer
 from tightfit.cluster.metrics import Metrics
 from tightfit.cluster.pipeline import Pipeline
 from tightfit.cluster.scheduling.batching import Scheduler, SchedulerConfig
@@ -112,10 +113,19 @@ class RealGateway:
 
     Args:
         delay_s: a stage's time for a micro-batch.
+        tracer: where traces go.
+        num_traced_steps: of each request.
         limits: fields of SchedulerConfig.
     """
 
-    def __init__(self, *, delay_s: float = 0.0, **limits: Any) -> None:
+    def __init__(
+        self,
+        *,
+        delay_s: float = 0.0,
+        tracer: Tracer | None = None,
+        num_traced_steps: int = 0,
+        **limits: Any,
+    ) -> None:
         config = {
             "num_blocks": NUM_BLOCKS, "block_size": BLOCK_SIZE, "max_batch_tokens": 64,
             "max_batch_sequences": 16, "max_context_tokens": CONTEXT, "num_stages": 2,
@@ -132,8 +142,14 @@ class RealGateway:
             eos_token_ids=frozenset({EOS}), num_stages=2,
         )  # fmt: skip
         pipeline = Pipeline(self.chain, max_in_flight=2)
-        self.engine = Engine(self.scheduler, pipeline, model=model, metrics=metrics)
-        self.server = GatewayServer(self.engine, self.tokenizer, metrics)
+        self.engine = Engine(
+            self.scheduler,
+            pipeline,
+            model=model,
+            metrics=metrics,
+            num_traced_steps=num_traced_steps,
+        )
+        self.server = GatewayServer(self.engine, self.tokenizer, metrics, tracer=tracer)
         self.target = ""
 
     @property

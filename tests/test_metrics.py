@@ -1,19 +1,47 @@
 """The metrics as Prometheus reads them."""
 
+import shutil
+import subprocess
 import urllib.request
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tightfit.cluster.metrics import Metrics, MetricsServer
-from tightfit.cluster.request import FinishReason
+from tightfit.cluster.metrics import HEALTH_STATES, Metrics, MetricsServer
+from tightfit.cluster.request import FinishReason, RequestRecord
 from tightfit.cluster.scheduling.batching import SchedulerCounts
+from tightfit.workers.api import StageMemory, StageStatus
 
 
 def counts(**changes):
     zero = dict.fromkeys(SchedulerCounts.__dataclass_fields__, 0)
     return SchedulerCounts(**{**zero, "num_blocks": 10, **changes})
+
+
+def stage(**changes):
+    memory = StageMemory(
+        predicted_weight_bytes=100, weight_bytes=101, kv_cache_bytes=50, workspace_bytes=7,
+        rss_anon_bytes=200, budget_bytes=None, num_kv_blocks=25,
+    )  # fmt: skip
+    return StageStatus(
+        **{
+            "stage_index": 0, "first_layer": 0, "end_layer": 4, "format": "int8",
+            "kv_format": "bf16", "device": "cpu", "node_id": "n", "pid": 1, "epoch": 1, "steps": 3,
+            "busy_s": 1.0, "uptime_s": 4.0, "memory": memory, **changes,
+        }
+    )  # fmt: skip
+
+
+def record(**changes):
+    times = {"started_s": 5.0, "tokenized_s": 5.1, "admitted_s": 5.2, "first_token_s": 5.3}
+    return RequestRecord(
+        **{
+            **times, "request_id": "r", "method": "Generate", "finish_reason": FinishReason.STOP,
+            "ended_s": 5.7, "num_prompt_tokens": 20, "num_cached_tokens": 16,
+            "num_generated_tokens": 8, "num_sequences": 1, **changes,
+        }
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -65,10 +93,15 @@ def test_totals_of_the_scheduler_become_counters_that_never_fall(registry):
 
 def test_an_ended_request_counts_its_reason_and_a_refused_one_its_status(registry):
     metrics = Metrics(registry)
-    metrics.count_finished(FinishReason.STOP, e2e_s=0.7)
+    metrics.count_finished(record())
     metrics.count_refused("RESOURCE_EXHAUSTED")
     assert value(registry, "requests_total", finished_reason="stop") == 1
     assert value(registry, "e2e_request_latency_seconds_sum") == pytest.approx(0.7)
+    assert value(registry, "request_prefill_time_seconds_sum") == pytest.approx(0.1)
+    assert value(registry, "request_decode_time_seconds_sum") == pytest.approx(0.4)
+    assert value(registry, "request_prompt_tokens_sum") == 20
+    assert value(registry, "request_generation_tokens_bucket", le="8.0") == 1
+    assert value(registry, "request_generation_tokens_bucket", le="4.0") == 0
     assert value(registry, "requests_refused_total", status="RESOURCE_EXHAUSTED") == 1
 
 
@@ -99,3 +132,45 @@ def test_prometheus_can_scrape_until_the_server_is_closed(registry):
     server.close()
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(url, timeout=5)
+
+
+def test_a_request_that_never_ran_has_neither_prefill_nor_decode(registry):
+    metrics = Metrics(registry)
+    metrics.count_finished(
+        record(finish_reason=FinishReason.DEADLINE, admitted_s=None, first_token_s=None)
+    )
+    assert value(registry, "requests_total", finished_reason="deadline") == 1
+    assert value(registry, "request_prefill_time_seconds_count") == 0
+    assert value(registry, "request_decode_time_seconds_count") == 0
+
+
+def test_the_health_is_one_of_a_fixed_set_of_states(registry):
+    metrics = Metrics(registry)
+    for state in HEALTH_STATES:
+        metrics.set_health(state, epoch=3, num_in_flight=2)
+        shown = {s: value(registry, "health_state", state=s) for s in HEALTH_STATES}
+        assert shown == {s: float(s == state) for s in HEALTH_STATES}
+    assert value(registry, "replica_epoch") == 3
+    assert value(registry, "num_micro_batches_in_flight") == 2
+
+
+def test_a_stage_that_moved_does_not_leave_its_old_self_behind(registry):
+    metrics = Metrics(registry, num_stages=1)
+    for node in ("a", "b"):
+        metrics.set_stages([stage(node_id=node)])
+    labels = {"stage": "0", "device": "cpu", "format": "int8", "kv_format": "bf16"}
+    assert value(registry, "stage_info", node="a", **labels) is None
+    assert value(registry, "stage_info", node="b", **labels) == 1
+    assert value(registry, "stage_layers", stage="0") == 4
+    assert value(registry, "stage_memory_bytes", stage="0") == 101 + 50 + 7
+    assert value(registry, "stage_memory_budget_bytes", stage="0") is None
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (Debian: prometheus)")
+def test_promtool_finds_nothing_to_say_about_names_units_and_help_texts(registry):
+    metrics = Metrics(registry, num_stages=3)
+    metrics.set_stages([stage()])
+    done = subprocess.run(
+        ["promtool", "check", "metrics"], input=generate_latest(registry), capture_output=True
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, b"")

@@ -17,8 +17,8 @@ SCHEMA = Path(__file__).resolve().parent.parent / "helm" / "tightfit" / "values.
 SECTIONS = {"serve": ServeConfig, "plan": PlanConfig, "quantize": QuantizeConfig}
 OF_THE_CHART = {
     "serve": {
-        "device", "listen", "metrics_listen", "health_listen", "tls_cert", "tls_key",
-        "tls_client_ca", "tokens_file", "insecure_listen", "insecure_ray", "ray_address",
+        "device", "listen", "metrics_listen", "health_listen", "live_listen", "tls_cert",
+        "tls_key", "tls_client_ca", "tokens_file", "insecure_listen", "insecure_ray", "ray_address",
         "ray_join", "drain_grace_s",
     },
     "plan": {

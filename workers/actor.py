@@ -22,6 +22,7 @@ from tightfit.workers.api import LoadProgress, StageSpec, StageStatus, StepResul
 from tightfit.workers.errors import StageError
 from tightfit.workers.link import Endpoint, Receiver, Sender, StepMessage
 from tightfit.workers.link_keys import LinkKeys
+from tightfit.workers.logs import configure_logs_from_environment
 from tightfit.workers.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class StageActor:
     """One stage in a process of its own. Calls run on several threads: `run` holds one of them."""
 
     def __init__(self, spec: StageSpec, run_dir: str, tcp: bool) -> None:
+        configure_logs_from_environment(stage=spec.stage_index)
         self._spec = spec
         self._run_dir = run_dir
         self._node_id = ray.get_runtime_context().get_node_id()

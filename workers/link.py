@@ -54,6 +54,8 @@ class StepMessage:
     """Type of the rows that follow."""
     forward_s: list[float] = field(default_factory=list)
     """Seconds that the stages passed so far spent computing."""
+    started_unix_s: list[float] = field(default_factory=list)
+    """When each of them began to, by its own host's clock."""
 
     @property
     def payload_bytes(self) -> int:

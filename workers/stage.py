@@ -83,6 +83,7 @@ class Stage:
             self.model = ShardModel.load(checkpoint, self.config, spec, progress=progress)
         finally:
             checkpoint.close()
+        del checkpoint  # its header may list a vocabulary
         self.num_kv_blocks = self._account.num_kv_blocks
         self.model.allocate_kv(self.num_kv_blocks)
         self._account.settle(self._rehearse)
@@ -168,6 +169,7 @@ class Stage:
         self, message: StepMessage, payload: memoryview
     ) -> tuple[StepMessage | StepResult, memoryview | bytes]:
         """Run this shard's layers; what to send on, and its raw rows."""
+        started_unix_s = [*message.started_unix_s, time.time()]
         started = time.perf_counter()
         batch = message.batch
         with torch.inference_mode():
@@ -182,11 +184,12 @@ class Stage:
         if self.spec.is_last:
             return StepResult(
                 epoch=batch.epoch, step=batch.step, tokens=tokens, scores=scores,
-                forward_s=forward_s,
+                forward_s=forward_s, started_unix_s=started_unix_s,
             ), b""  # fmt: skip
         onward = StepMessage(
-            batch=batch, hidden_size=rows.shape[1], dtype=self._dtype, forward_s=forward_s
-        )
+            batch=batch, hidden_size=rows.shape[1], dtype=self._dtype, forward_s=forward_s,
+            started_unix_s=started_unix_s,
+        )  # fmt: skip
         return onward, raw
 
     def _rows(self, message: StepMessage, payload: memoryview) -> Tensor:

@@ -78,7 +78,13 @@ def start_plan_config(file: Mapping[str, Values], serve: ServeConfig) -> PlanCon
         ConfigError: see `build`; or the section says what is the service's to say.
     """
     devices = {"live": True, "device": serve.device, "cpu_budget": serve.memory_budget_bytes}
-    return build(PlanConfig, "plan", _as_served(file.get("plan", {}), serve, devices))
+    config = build(PlanConfig, "plan", _as_served(file.get("plan", {}), serve, devices))
+    if config.num_replicas != 1:
+        raise ConfigError(
+            f"plan.replicas: {config.replicas} are planned, and a service is one pipeline: leave "
+            "it out, and start a service for each plan that `tightfit plan --replicas` writes"
+        )
+    return config
 
 
 def _as_served(section: Values, serve: ServeConfig, devices: Values) -> dict[str, object]:

@@ -22,6 +22,18 @@ def split_address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def check_collector(text: str) -> None:
+    """Check that a collector of traces can be at this address.
+
+    Raises:
+        ValueError: it is not http://host:port or https://host:port.
+    """
+    scheme, separator, address = text.partition("://")
+    if not separator or scheme not in ("http", "https"):
+        raise ValueError(f"{text!r} is not http://host:port or https://host:port")
+    split_address(address)
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches what listens on `host` (as `split_address` gives it)."""
     if host.lower() == "localhost":

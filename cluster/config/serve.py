@@ -6,11 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from tightfit.cluster.config.addresses import DEFAULT_LISTEN, is_loopback, split_address
+from tightfit.cluster.config.addresses import (
+    DEFAULT_LISTEN,
+    check_collector,
+    is_loopback,
+    split_address,
+)
 from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.hub import parse_hub_name
 from tightfit.cluster.settings import Option
-from tightfit.kernels.formats import OUTLIER_THRESHOLD, SUPPORTED_FORMATS, KVFormat
+from tightfit.kernels.formats import SUPPORTED_FORMATS, KVFormat
 from tightfit.workers.model_formats import AUTO
 
 PLACEMENT_STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
@@ -40,13 +45,14 @@ class ServeConfig:
         ),
     ] = AUTO
     llm_int8_threshold: Annotated[
-        float,
+        float | None,
         Option(
             "Size of an activation from which llm_int8 keeps its feature in 16 bits; lower is more "
-            "exact and slower.",
+            "exact and slower. By default 6 in layers at least 4096 wide, and all features of "
+            "smaller ones.",
             at_least=0,
         ),
-    ] = OUTLIER_THRESHOLD
+    ] = None
     kv_format: Annotated[
         str,
         Option(
@@ -99,6 +105,38 @@ class ServeConfig:
         str | None,
         Option("host:port for Prometheus to scrape; default: none.", check=split_address),
     ] = None
+    live_listen: Annotated[
+        str | None,
+        Option(
+            "host:port of a page for browsers that draws the service as it is now; default: none.",
+            check=split_address,
+        ),
+    ] = None
+    trace_endpoint: Annotated[
+        str | None,
+        Option(
+            "OTLP collector (gRPC) that gets a trace of each request, such as "
+            "http://127.0.0.1:4317, or https:// for TLS; default: none.",
+            check=check_collector,
+        ),
+    ] = None
+    trace_share: Annotated[
+        float,
+        Option(
+            "Share of the requests that are traced; a caller that sends a traceparent decides "
+            "for its own.",
+            at_least=0,
+            at_most=1,
+        ),
+    ] = 1.0
+    trace_steps: Annotated[
+        int,
+        Option(
+            "Steps of each traced request that get spans of their own, one for each stage.",
+            at_least=0,
+            at_most=4096,
+        ),
+    ] = 0
     replan_interval_s: Annotated[
         float,
         Option(
@@ -233,7 +271,13 @@ class ServeConfig:
             raise ConfigError("serve.tls_cert and serve.tls_key go together: give both")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ConfigError("serve.tls_client_ca needs serve.tls_cert and serve.tls_key as well")
-        if is_loopback(split_address(self.listen)[0]) or self.insecure_listen:
+        self._check_exposed("listen", self.listen)
+        if self.live_listen is not None:
+            self._check_exposed("live_listen", self.live_listen)
+
+    def _check_exposed(self, name: str, address: str) -> None:
+        """Raises ConfigError where other machines reach a port that is not guarded."""
+        if is_loopback(split_address(address)[0]) or self.insecure_listen:
             return
         missing = []
         if self.tls_cert is None:
@@ -242,7 +286,7 @@ class ServeConfig:
             missing.append("authentication (serve.tokens_file or serve.tls_client_ca)")
         if missing:
             raise ConfigError(
-                f"serve.listen: {self.listen} can be reached from other machines, without "
+                f"serve.{name}: {address} can be reached from other machines, without "
                 f"{' and without '.join(missing)}. Give what is missing, listen on 127.0.0.1, or "
                 "say serve.insecure_listen"
             )

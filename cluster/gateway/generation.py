@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator
 
 from tightfit.cluster.engine import RequestStream
 from tightfit.cluster.errors import CancelledError, DeadlineError, UnavailableError
 from tightfit.cluster.gateway import convert
-from tightfit.cluster.metrics import Metrics
+from tightfit.cluster.gateway.watch import RequestWatch
 from tightfit.cluster.request import FinishReason, Request, TokenEvent
 from tightfit.cluster.text_stream import TextStream
 from tightfit.v1 import common_pb2, inference_pb2
@@ -39,7 +38,6 @@ class _Sequence:
     def __init__(self, text: TextStream) -> None:
         self.text = text
         self.has_ended = False
-        self.last_token_s: float | None = None
 
 
 class Generation:
@@ -48,18 +46,13 @@ class Generation:
     Args:
         request: as it was submitted.
         texts: one per sequence.
-        metrics: where times between tokens are counted.
-        started_s: when the call came, on `time.monotonic`.
+        watch: is told of every event.
     """
 
-    def __init__(
-        self, request: Request, texts: list[TextStream], metrics: Metrics, *, started_s: float
-    ) -> None:
-        self._request, self._metrics, self._started_s = request, metrics, started_s
+    def __init__(self, request: Request, texts: list[TextStream], watch: RequestWatch) -> None:
+        self._request, self._watch = request, watch
         self._sequences = [_Sequence(text) for text in texts]
         self._num_ended = 0
-        self._completion_tokens = 0
-        self._cached_tokens = 0
         self.reason: FinishReason | None = None
         """Why the last sequence ended, once all have, or why the request failed."""
 
@@ -77,7 +70,7 @@ class Generation:
         """
         while not self.has_ended:
             batch = [await anext(events)]
-            if self._completion_tokens:
+            if self._watch.num_generated_tokens:
                 while events.has_waiting and len(batch) < MAX_GATHERED:
                     batch.append(await anext(events))
             for chunk in self._chunks_of(batch, events):
@@ -110,10 +103,8 @@ class Generation:
     def _add(self, event: TokenEvent, chunk: Chunk, events: RequestStream) -> None:
         """Add one event to its sequence's chunk."""
         sequence, reason = self._sequences[event.index], event.finish_reason
-        self._cached_tokens = max(self._cached_tokens, event.num_cached_tokens)
+        self._watch.heard(event)
         if event.token_id is not None:
-            self._time(sequence)
-            self._completion_tokens += 1
             chunk.token_ids.append(event.token_id)
             if self._request.sampling.logprobs is not None:
                 chunk.logprobs.append(convert.position_logprobs(event))
@@ -143,17 +134,9 @@ class Generation:
     def _usage(self) -> common_pb2.Usage:
         return common_pb2.Usage(
             prompt_tokens=len(self._request.prompt_token_ids),
-            completion_tokens=self._completion_tokens,
-            cached_tokens=self._cached_tokens,
+            completion_tokens=self._watch.num_generated_tokens,
+            cached_tokens=self._watch.num_cached_tokens,
         )
-
-    def _time(self, sequence: _Sequence) -> None:
-        now_s = time.monotonic()
-        if sequence.last_token_s is None:
-            self._metrics.observe_first_token(now_s - self._started_s)
-        else:
-            self._metrics.observe_inter_token(now_s - sequence.last_token_s)
-        sequence.last_token_s = now_s
 
 
 def joined(chunks: list[Chunk]) -> inference_pb2.GenerateResponse:

@@ -17,6 +17,7 @@ from tightfit.cluster.request import Request, SamplingParams
 from tightfit.cluster.text_stream import TextStream, decode_whole
 from tightfit.cluster.tokenizer import Tokenizer
 from tightfit.v1 import common_pb2, inference_pb2
+from tightfit.workers.logs import log_context
 
 NUM_THREADS = 2
 """A text of 4 MiB takes seconds to encode; it may hold up one thread, not the other."""
@@ -118,6 +119,7 @@ class Prompts:
         model = self._model
         convert.check_model(wire.model, model)
         request_id = convert.request_id(wire.request_id)
+        log_context(request_id=request_id)
         priority = convert.priority(wire.priority)
         sampling = convert.sampling_params(wire.sampling, model)
         resumed = convert.resumed(wire.resume_token_ids, sampling, model)
@@ -138,6 +140,7 @@ class Prompts:
         """
         convert.check_model(wire.model, self._model)
         request_id = convert.request_id(wire.request_id)
+        log_context(request_id=request_id)
         priority = convert.priority(wire.priority)
         return Request(
             request_id=request_id,

@@ -14,6 +14,7 @@ from tightfit.cluster.gateway.auth import Audit, Authenticate, GatewaySecurity
 from tightfit.cluster.gateway.cluster_service import ClusterService
 from tightfit.cluster.gateway.service import InferenceService
 from tightfit.cluster.gateway.status import RefuseMalformed
+from tightfit.cluster.gateway.watch import Tracer
 from tightfit.cluster.metrics import Metrics
 from tightfit.cluster.tokenizer import Tokenizer
 from tightfit.v1 import cluster_pb2, inference_pb2
@@ -69,6 +70,7 @@ class GatewayServer:
         tokenizer: the model's.
         metrics: where to count.
         security: what callers have to show; default: nothing.
+        tracer: where traces of requests go; None: nowhere.
     Raises:
         ConfigError: the checkpoint's chat template is not valid.
     """
@@ -79,6 +81,8 @@ class GatewayServer:
         tokenizer: Tokenizer,
         metrics: Metrics,
         security: GatewaySecurity | None = None,
+        *,
+        tracer: Tracer | None = None,
     ) -> None:
         self._engine, self._metrics = engine, metrics
         self._security = security or GatewaySecurity()
@@ -87,7 +91,7 @@ class GatewayServer:
         self._health = health.aio.HealthServicer()
         self._watcher: asyncio.Task[None] | None = None
         self.drain_requested = asyncio.Event()
-        self._inference = InferenceService(engine, tokenizer, metrics)
+        self._inference = InferenceService(engine, tokenizer, metrics, tracer)
         add_InferenceServiceServicer_to_server(self._inference, self._server)
         add_ClusterServiceServicer_to_server(ClusterService(engine, self._drain), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

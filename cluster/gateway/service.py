@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 from tightfit.cluster.engine import Engine, RequestStream
@@ -11,6 +10,7 @@ from tightfit.cluster.gateway import convert
 from tightfit.cluster.gateway.generation import Chunk, Generation, joined, raise_failure
 from tightfit.cluster.gateway.prompts import Prompts
 from tightfit.cluster.gateway.status import Context, stream, unary
+from tightfit.cluster.gateway.watch import RequestWatch, Tracer
 from tightfit.cluster.metrics import Metrics
 from tightfit.cluster.request import FinishReason, Request
 from tightfit.cluster.security.caller import charge
@@ -25,12 +25,19 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         engine: started, in this event loop.
         tokenizer: the model's.
         metrics: where to count.
+        tracer: where traces of requests go; None: nowhere.
     Raises:
         ConfigError: the checkpoint's chat template is not valid.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, metrics: Metrics) -> None:
-        self._engine, self._metrics = engine, metrics
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        tracer: Tracer | None = None,
+    ) -> None:
+        self._engine, self._metrics, self._tracer = engine, metrics, tracer
         self._prompts = Prompts(tokenizer, engine.model_info)
 
     def close(self) -> None:
@@ -45,7 +52,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """One answer, when every sequence has ended."""
 
         async def work() -> inference_pb2.GenerateResponse:
-            return joined([chunk async for chunk in self._generate(request, context)])
+            return joined([c async for c in self._generate("Generate", request, context)])
 
         return await unary(context, work)
 
@@ -53,7 +60,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[Chunk]:
         """Chunks as tokens come."""
-        async for chunk in stream(context, self._generate(request, context)):
+        chunks = self._generate("GenerateStream", request, context)
+        async for chunk in stream(context, chunks):
             yield chunk
 
     async def Score(
@@ -62,12 +70,14 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Log-probabilities of a given text."""
 
         async def work() -> inference_pb2.ScoreResponse:
-            started_s = time.monotonic()
-            whole, events = await self._admit(self._prompts.score_request(request, context))
+            watch = self._watch("Score", context)
+            whole = await self._checked(watch, self._prompts.score_request(request, context))
+            events = self._submit(watch, whole)
             context.add_done_callback(_canceller(events))  # type: ignore[arg-type]
             reason: FinishReason | None = None
             try:
                 event = await anext(events)
+                watch.heard(event)
                 reason = event.finish_reason
                 raise_failure(event)
                 return inference_pb2.ScoreResponse(
@@ -76,7 +86,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     logprobs=event.scores,
                 )
             finally:
-                self._count_end(reason, context, started_s)
+                watch.ended(reason or _left_because(context), events.steps)
 
         return await unary(context, work)
 
@@ -115,18 +125,17 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     # -- inside ------------------------------------------------------------------------------
 
     async def _generate(
-        self, wire: inference_pb2.GenerateRequest, context: Context
+        self, method: str, wire: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncGenerator[Chunk, None]:
         """Chunks of one call; the end of the call ends the request."""
-        started_s = time.monotonic()
-        request = await self._checked(self._prompts.generate_request(wire, context))
-        texts = await self._prompts.texts(request)
-        generation = Generation(request, texts, self._metrics, started_s=started_s)
+        watch = self._watch(method, context)
+        request = await self._checked(watch, self._prompts.generate_request(wire, context))
+        generation = Generation(request, await self._prompts.texts(request), watch)
         whole = generation.resumed_at_its_end()
         if whole is not None:
             yield whole
             return
-        events = self._submit(request)
+        events = self._submit(watch, request)
         # Not when this generator is closed: it may wait long behind a client that stopped reading.
         context.add_done_callback(_canceller(events))  # type: ignore[arg-type]
         try:
@@ -134,32 +143,28 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 charge(len(chunk.token_ids))
                 yield chunk
         finally:
-            self._count_end(generation.reason, context, started_s)
+            watch.ended(generation.reason or _left_because(context), events.steps)
 
-    async def _admit(self, making: Awaitable[Request]) -> tuple[Request, RequestStream]:
-        request = await self._checked(making)
-        return request, self._submit(request)
+    def _watch(self, method: str, context: Context) -> RequestWatch:
+        metadata = context.invocation_metadata() or ()
+        return RequestWatch(self._metrics, self._tracer, method, metadata)
 
-    async def _checked(self, making: Awaitable[Request]) -> Request:
+    async def _checked(self, watch: RequestWatch, making: Awaitable[Request]) -> Request:
         try:
             return await making
         except TightfitError as error:
-            self._metrics.count_refused(error.status)
+            watch.refused(error.status)
             raise
 
-    def _submit(self, request: Request) -> RequestStream:
+    def _submit(self, watch: RequestWatch, request: Request) -> RequestStream:
+        watch.queued(request)
         try:
             stream = self._engine.submit(request)
         except TightfitError as error:
-            self._metrics.count_refused(error.status)
+            watch.refused(error.status)
             raise
         charge(len(request.prompt_token_ids) + len(request.resume_token_ids))
         return stream
-
-    def _count_end(self, reason: FinishReason | None, context: Context, started_s: float) -> None:
-        """A request has ended; without a reason, because its caller went away."""
-        reason = reason or _left_because(context)
-        self._metrics.count_finished(reason, e2e_s=time.monotonic() - started_s)
 
 
 def _canceller(events: RequestStream) -> Callable[[Context], None]:

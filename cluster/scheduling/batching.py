@@ -121,6 +121,11 @@ class Scheduler:
         self._next_id += 1
         return self._next_id
 
+    def request_of(self, sequence_id: int) -> str | None:
+        """Id of the request of a sequence that runs; None: it does not."""
+        sequence = self._running.get(sequence_id)
+        return None if sequence is None else sequence.request.request_id
+
     def has_request(self, request_id: str) -> bool:
         """The request has a sequence that has not ended."""
         return request_id in self._requests
@@ -205,6 +210,8 @@ class Scheduler:
             finish_reason=reason,
             scores=tuple(sequence.scores) if reason and sequence.request.score_only else (),
             num_cached_tokens=sequence.num_cached,
+            queued_s=sequence.queued_s,
+            num_restarts=sequence.num_restarts,
             error=error,
         )
 
@@ -331,7 +338,8 @@ class Scheduler:
             self._cached_tokens += sequence.num_cached
             self._prompt_tokens += sequence.num_prompt
             self._admission_rate.note(now_s)
-            self._queue_times.append(now_s - sequence.added_s)
+            sequence.queued_s = now_s - sequence.added_s
+            self._queue_times.append(sequence.queued_s)
         self._running[sequence.sequence_id] = sequence
         insort(self._in_order, sequence, key=by_rank)
         return sequence

@@ -30,8 +30,9 @@ class Sequence:
 
     __slots__ = (
         "_base", "_digests", "_has_penalty", "added_s", "block_table", "end_ids", "index",
-        "last_turn", "max_length", "num_applied", "num_cached", "num_prompt", "num_registered",
-        "num_scheduled", "rank", "request", "scores", "sequence_id", "tokens", "was_admitted",
+        "last_turn", "max_length", "num_applied", "num_cached", "num_prompt",
+        "num_registered", "num_restarts", "num_scheduled", "queued_s", "rank", "request",
+        "scores", "sequence_id", "tokens", "was_admitted",
     )  # fmt: skip
 
     def __init__(
@@ -66,6 +67,9 @@ class Sequence:
         self.scores: list[float] = []
         self.was_admitted = False
         """It ran at some time: it no longer counts as queued."""
+        self.queued_s: float | None = None
+        """Seconds that it waited until then."""
+        self.num_restarts = 0
         self.last_turn = 0
         """Number of the micro-batch that it was last in."""
         self._has_penalty = (
@@ -132,6 +136,7 @@ class Sequence:
         """Compute everything anew under a new id, so that results under way are not mistaken for
         it."""
         self.sequence_id = sequence_id
+        self.num_restarts += 1
         self.num_scheduled = self.num_applied = self.num_registered = 0
         self.block_table = []
         self.scores = []

@@ -130,5 +130,6 @@ def test_everything_that_is_missing_is_said_at_once(tmp_path):
         assert f"\n{path}: " in done.stderr
 
 
-def test_the_schema_has_the_settings_of_the_commands():
-    subprocess.run([sys.executable, ROOT / "tools" / "chart_schema.py", "--check"], check=True)
+@pytest.mark.parametrize("tool", ["chart_schema.py", "chart_readme.py"])
+def test_the_schema_has_the_commands_settings_and_the_readme_the_values(tool):
+    subprocess.run([sys.executable, ROOT / "tools" / tool, "--check"], check=True)

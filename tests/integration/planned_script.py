@@ -14,7 +14,7 @@ from contextlib import ExitStack
 
 import tightfit.cluster.ray_environment as ray_environment
 
-ray_environment.prepare(is_private=False)
+ray_environment.prepare(is_private=True)  # the cluster is this process's, and has its token
 
 import ray  # noqa: E402
 from prometheus_client import CollectorRegistry  # noqa: E402
@@ -49,7 +49,7 @@ def main(path: str, plan: str, length: int) -> None:
         nodes = {
             name: cluster.add_node(num_cpus=2, labels={NODE_LABEL: name}) for name in ("a", "b")
         }
-        config = ServeConfig(model=path, plan=plan, ray_address=cluster.address, insecure_ray=True)
+        config = ServeConfig(model=path, plan=plan, ray_address=cluster.address)
         model = describe_model(config.model)
         early = arrange_early(config, model)
         session = RaySession(ray_options(early.config))

@@ -27,7 +27,7 @@ from tightfit.cluster.planning.request import PlanRequest
 from tightfit.cluster.settings import read_yaml
 from tightfit.workers.decoder_config import decoder_config
 from tightfit.workers.model_formats import model_formats
-from tightfit.workers.shard_bytes import workspace_bytes
+from tightfit.workers.workspace import workspace_bytes
 
 GIB = 2**30
 TYPES = read_device_types()

@@ -39,8 +39,8 @@ gateway.ingress.host: missing
 {{- if and $g.grpcRoute.enabled (not $g.grpcRoute.parentRefs) }}
 gateway.grpcRoute.parentRefs: missing; name the Gateway that the route belongs to
 {{- end }}
-{{- if ne (len (uniq (list (int $g.port) (int $g.metricsPort) (int $g.healthPort)))) 3 }}
-gateway.port, gateway.metricsPort, gateway.healthPort: two of them are the same
+{{- if ne (len (uniq (list (int $g.port) (int $g.metricsPort) (int $g.healthPort) (int $g.live.port)))) 4 }}
+gateway.port, gateway.metricsPort, gateway.healthPort, gateway.live.port: two of them are the same
 {{- end }}
 {{- end -}}
 
@@ -80,7 +80,7 @@ gateway.autoscaling.prometheusAddress: missing; KEDA asks it for the length of t
 
 {{- define "tightfit.modelProblems" -}}
 {{- $v := .Values -}}
-{{- $model := $v.serve.model -}}
+{{- $model := default "" $v.serve.model -}}
 {{- if and (hasPrefix "/" $model) (not (hasPrefix (printf "%s/" $v.models.mountPath) $model)) }}
 serve.model: {{ $model }} is not under models.mountPath, {{ $v.models.mountPath }}
 {{- end }}
@@ -95,11 +95,12 @@ pools.{{ $name }}.modelVolume: missing; without models.create and models.existin
 {{- end }}
 {{- end }}
 {{- if $v.prepare.enabled }}
-{{- if not $v.prepare.quantize.model }}
+{{- $quantize := default dict $v.prepare.quantize }}
+{{- if not $quantize.model }}
 prepare.quantize.model: missing; what is to be quantised
 {{- end }}
-{{- if not (hasPrefix (printf "%s/" $v.models.mountPath) (default "" $v.prepare.quantize.out)) }}
-prepare.quantize.out: {{ default "missing" $v.prepare.quantize.out }}; a directory under models.mountPath, {{ $v.models.mountPath }}
+{{- if not (hasPrefix (printf "%s/" $v.models.mountPath) (default "" $quantize.out)) }}
+prepare.quantize.out: {{ default "missing" $quantize.out }}; a directory under models.mountPath, {{ $v.models.mountPath }}
 {{- end }}
 {{- end }}
 {{- $planned := default $model $v.planCheck.model }}

@@ -1,0 +1,1 @@
+"""The live page: the deployment drawn in a browser, as it is now."""

@@ -1,0 +1,181 @@
+"""Traces of requests, as a collector gets them."""
+
+import subprocess
+import sys
+import time
+from itertools import pairwise
+
+import grpc
+import pytest
+from fake_engine import in_loop
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind, StatusCode
+from otlp_receiver import Receiver
+from real_gateway import real_gateway
+from served import wait_for
+
+from tightfit.cluster.config import serve_config
+from tightfit.cluster.errors import ConfigError
+from tightfit.cluster.tracing import Tracing, otlp_exporter
+from tightfit.v1 import inference_pb2
+
+TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+
+
+def wanted(tokens=6, **fields):
+    sampling = inference_pb2.Sampling(max_tokens=tokens, ignore_eos=True)
+    return inference_pb2.GenerateRequest(prompt="Im Wald", sampling=sampling, **fields)
+
+
+class Traced:
+    """Traces kept in memory."""
+
+    def __init__(self, **settings):
+        self._exporter = InMemorySpanExporter()
+        self.tracing = Tracing(self._exporter, model="tiny", version="1", **settings)
+
+    def spans(self):
+        """All that were made; no more can be."""
+        self.tracing.close()
+        return self._exporter.get_finished_spans()
+
+
+def names(span):
+    return [event.name for event in span.events]
+
+
+@in_loop
+async def test_a_request_is_one_span_with_its_way_through_queue_prefill_and_decode():
+    traced = Traced()
+    before_ns = time.time_ns()
+    async with real_gateway(tracer=traced.tracing, delay_s=0.005) as (_, stubs):
+        await stubs.inference.Generate(wanted(request_id="r-1"))
+    (span,) = traced.spans()
+    assert span.name == "tightfit.v1.InferenceService/Generate"
+    assert span.kind is SpanKind.SERVER
+    assert span.status.status_code is StatusCode.UNSET
+    assert names(span) == ["queue", "prefill", "decode"]
+    moments = [span.start_time, *(event.timestamp for event in span.events), span.end_time]
+    assert moments == sorted(moments)
+    assert before_ns < moments[0]
+    assert moments[-1] < time.time_ns()
+    assert span.end_time - span.events[2].timestamp >= 5 * 5_000_000  # five more tokens
+    attributes = dict(span.attributes)
+    assert attributes["tightfit.request_id"] == "r-1"
+    assert attributes["gen_ai.usage.output_tokens"] == 6
+    assert attributes["gen_ai.usage.input_tokens"] > 0
+    assert attributes["gen_ai.response.finish_reasons"] == ("length",)
+    assert "Wald" not in str(span.to_json())
+
+
+@in_loop
+async def test_the_callers_traceparent_is_the_parent_and_decides():
+    traced = Traced(share=0.0)
+    async with real_gateway(tracer=traced.tracing) as (_, stubs):
+        for flags in ("01", "00"):
+            header = ("traceparent", f"00-{TRACE}-{PARENT}-{flags}")
+            await stubs.inference.Generate(wanted(), metadata=(header,))
+        await stubs.inference.Generate(wanted(), metadata=(("traceparent", "nonsense"),))
+        await stubs.inference.Generate(wanted())
+    (span,) = traced.spans()
+    assert format(span.context.trace_id, "032x") == TRACE
+    assert format(span.parent.span_id, "016x") == PARENT
+
+
+@in_loop
+async def test_a_failed_request_has_an_error_and_one_that_never_ran_no_prefill():
+    traced = Traced()
+    async with real_gateway(tracer=traced.tracing) as (gateway, stubs):
+        gateway.chain.paused = True
+        with pytest.raises(grpc.aio.AioRpcError):
+            await stubs.inference.Generate(wanted(request_id="late"), timeout=0.2)
+        gateway.chain.fail_with = "broken"
+        gateway.chain.resume()
+        with pytest.raises(grpc.aio.AioRpcError):
+            await stubs.inference.Generate(wanted(request_id="broken"))
+    ended = {span.attributes["tightfit.request_id"]: span for span in traced.spans()}
+    assert ended["late"].status.status_code is StatusCode.ERROR
+    assert ended["late"].status.description == "deadline"
+    assert ended["broken"].status.description == "error"
+    assert "decode" not in names(ended["broken"])
+
+
+@in_loop
+async def test_a_request_that_lost_its_blocks_says_when_it_went_on():
+    traced = Traced()
+    async with real_gateway(tracer=traced.tracing, num_blocks=24) as (gateway, stubs):
+        calls = [stubs.inference.Generate(wanted(60, request_id=str(i))) for i in range(3)]
+        for call in calls:
+            await call
+        preempted = gateway.counted("num_preemptions_total")
+    recomputed = [name for span in traced.spans() for name in names(span) if name == "recomputed"]
+    assert preempted >= 1
+    assert 1 <= len(recomputed) <= preempted
+
+
+@in_loop
+async def test_steps_get_a_span_for_each_stage_only_when_asked_and_no_more_than_asked():
+    for num_steps in (0, 4):
+        traced = Traced()
+        async with real_gateway(
+            tracer=traced.tracing, num_traced_steps=num_steps, max_batch_tokens=16
+        ) as (_, stubs):
+            chunks = [c async for c in stubs.inference.GenerateStream(wanted(20))]
+        assert chunks
+        spans = traced.spans()
+        (parent,) = (span for span in spans if span.kind is SpanKind.SERVER)
+        stages = [span for span in spans if span.kind is not SpanKind.SERVER]
+        assert [span.name for span in stages] == ["stage 0"] * num_steps
+        assert {span.parent.span_id for span in stages} <= {parent.context.span_id}
+        steps = [span.attributes["tightfit.step"] for span in stages]
+        assert all(a < b for a, b in pairwise(steps))
+        assert all(parent.start_time <= span.start_time < parent.end_time for span in stages)
+
+
+def test_a_collector_gets_them_over_the_network_as_otlp():
+    with Receiver() as receiver:
+        tracing = Tracing(otlp_exporter(receiver.address), model="tiny", version="1.2")
+
+        @in_loop
+        async def ask():
+            async with real_gateway(tracer=tracing) as (_, stubs):
+                for _ in range(3):
+                    await stubs.inference.Generate(wanted())
+
+        ask()
+        tracing.close()
+        assert wait_for(lambda: len(receiver.spans) == 3)
+        assert {span.name for span in receiver.spans} == {"tightfit.v1.InferenceService/Generate"}
+        assert receiver.resources[0]["service.name"] == "tightfit"
+        assert receiver.resources[0]["service.version"] == "1.2"
+
+
+@pytest.mark.slow
+def test_a_collector_that_is_away_disturbs_no_request_and_holds_up_no_end():
+    tracing = Tracing(otlp_exporter("http://127.0.0.1:9"), model="tiny", version="1")
+
+    @in_loop
+    async def ask():
+        async with real_gateway(tracer=tracing) as (_, stubs):
+            for _ in range(3):
+                assert (await stubs.inference.Generate(wanted())).outputs[0].token_ids
+
+    ask()
+    started_s = time.monotonic()
+    tracing.close()
+    assert time.monotonic() - started_s < 8
+
+
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:4317", "ftp://a:1", "http://a", "http://"])
+def test_an_endpoint_that_is_none_is_refused(endpoint):
+    with pytest.raises(ConfigError, match="trace_endpoint"):
+        serve_config({"serve": {"model": "m", "trace_endpoint": endpoint}})
+
+
+def test_without_an_endpoint_opentelemetry_is_not_even_imported():
+    code = (
+        "import sys, tightfit.cluster.deployment;"
+        "print([m for m in sys.modules if m.startswith('tightfit.cluster.tracing')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
