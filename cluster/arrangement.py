@@ -15,7 +15,7 @@ from tightfit.cluster.errors import PlacementError
 from tightfit.cluster.launch import RaySession
 from tightfit.cluster.live import live_inventory
 from tightfit.cluster.model import ModelDescription
-from tightfit.cluster.nodes import Node, alive_nodes, look_at_nodes, probe_nodes
+from tightfit.cluster.nodes import Node, alive_nodes, look_at_nodes, probe_nodes, slowest_link
 from tightfit.cluster.placement import (
     Place,
     Placement,
@@ -116,7 +116,10 @@ def _plan_now(
         plan_config = dataclasses.replace(plan_config, formats=str(Format.INT8))
     devices = "all" if config.device == AUTO else config.device
     inventory = live_inventory(
-        probe_nodes(nodes, devices), config.device, cpu_budget_bytes=config.memory_budget_bytes
+        probe_nodes(nodes, devices),
+        config.device,
+        between=slowest_link(nodes),
+        cpu_budget_bytes=config.memory_budget_bytes,
     )
     request = plan_request(plan_config, model.config, inventory)
     solution = solve(request)

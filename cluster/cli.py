@@ -115,6 +115,13 @@ def _plan(args: argparse.Namespace) -> int:
     return plan(config, output=args.output)
 
 
+def _fetch(args: argparse.Namespace) -> int:
+    from tightfit.cluster.hub import resolve_model
+
+    print(resolve_model(args.model))
+    return OK
+
+
 def _generate(args: argparse.Namespace) -> int:
     config = _client(args)
     from tightfit.cluster.cli_client import generate
@@ -241,6 +248,14 @@ def build_parser() -> argparse.ArgumentParser:
             help=f"print {name.upper()}" + (", a picture" if name == "svg" else ""),
         )  # fmt: skip
     plan.set_defaults(run=_plan)
+
+    fetch = commands.add_parser(
+        "fetch", help="bring a model from its hub into this node's cache, and print where it lies"
+    )
+    fetch.add_argument(
+        "model", metavar="MODEL", help="hub name (org/name), or a path, which is kept"
+    )
+    fetch.set_defaults(run=_fetch)
 
     generate = commands.add_parser("generate", help="stream the answer of a running service")
     generate.add_argument("prompt", metavar="PROMPT", help='the prompt; "-" reads standard input')

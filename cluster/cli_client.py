@@ -28,6 +28,9 @@ SAMPLING = (
 """Fields of a request's sampling that have a flag of the same name."""
 WIDE_COLUMNS = 110
 """Width from which on the status has every column."""
+WIDE_ONLY = ("pid", "weights", "KV cache", "rehearsed", "budget")
+WORDS = ("format", "KV", "device")
+"""Columns that are not numbers."""
 
 
 def _client(config: ClientConfig) -> Client:
@@ -129,9 +132,14 @@ def status(config: ClientConfig, *, as_json: bool) -> int:
 
 
 def plain(message: Any) -> dict[str, Any]:
-    """A protobuf message as JSON would have it; enumerations are lower-case words."""
-    fields = message.DESCRIPTOR.fields
-    return {field.name: _plain_field(field, getattr(message, field.name)) for field in fields}
+    """A protobuf message as JSON would have it; enumerations are lower-case words, and a number
+    that is not there is None."""
+    return {
+        field.name: _plain_field(field, getattr(message, field.name))
+        if field.message_type or not field.has_presence or message.HasField(field.name)
+        else None
+        for field in message.DESCRIPTOR.fields
+    }
 
 
 def _plain_field(field: Any, value: Any) -> Any:
@@ -166,26 +174,31 @@ def print_status(answer: dict[str, Any], console: Console) -> None:
             f"a better plan has become possible: {answer['better_plan']}; a restart takes it",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
-    if answer["stages"]:
-        console.print(stage_table(answer["stages"], console.width))
+    stages = answer["stages"]
+    if stages:
+        console.print(_table([_stage_row(stage) for stage in stages], console.width))
+        console.print("memory", style="dim")
+        console.print(_table([_memory_row(stage) for stage in stages], console.width))
+    for stage in stages:
+        for difference in stage["memory"]["differences"]:
+            console.print(
+                f"stage {stage['index']} is not as predicted: {difference}",
+                markup=False, highlight=False, soft_wrap=True,
+            )  # fmt: skip
 
 
-def stage_table(stages: list[dict[str, Any]], width: int) -> Table:
-    """One row per stage, predicted and measured weights side by side; fewer columns if narrow."""
-    rows = [_stage_row(stage) for stage in stages]
-    names = [name for name in rows[0] if width >= WIDE_COLUMNS or name not in ("pid", "budget")]
+def _table(rows: list[dict[str, str]], width: int) -> Table:
+    """One line per stage; fewer columns if narrow."""
+    names = [name for name in rows[0] if width >= WIDE_COLUMNS or name not in WIDE_ONLY]
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1, 0, 0))
     for name in names:
-        table.add_column(
-            name, no_wrap=True, justify="left" if name in ("format", "KV", "device") else "right"
-        )
+        table.add_column(name, no_wrap=True, justify="left" if name in WORDS else "right")
     for row in rows:
         table.add_row(*(row[name] for name in names))
     return table
 
 
 def _stage_row(stage: dict[str, Any]) -> dict[str, str]:
-    memory = stage["memory"]
     return {
         "stage": str(stage["index"]),
         "layers": f"{stage['first_layer']}-{stage['end_layer'] - 1}",
@@ -194,12 +207,30 @@ def _stage_row(stage: dict[str, Any]) -> dict[str, str]:
         "device": stage["planned_device"] or stage["device"],
         "pid": str(stage["pid"]),
         "busy": f"{100 * stage['busy_share']:.0f} %",
-        "predicted": format_bytes(memory["predicted_weight_bytes"]),
+    }
+
+
+def _memory_row(stage: dict[str, Any]) -> dict[str, str]:
+    """What a stage keeps: as predicted, by its tensors, and seen from outside (RSS, or a GPU's
+    allocator); then what a step needs, and what is left of the budget."""
+    memory = stage["memory"]
+    return {
+        "stage": str(stage["index"]),
+        "predicted": format_bytes(memory["predicted_held_bytes"]),
+        "tensors": format_bytes(memory["held_bytes"]),
+        "resident": format_bytes(memory["resident_bytes"]),
         "weights": format_bytes(memory["weight_bytes"]),
         "KV cache": format_bytes(memory["kv_cache_bytes"]),
+        "KV tokens": f"{memory['kv_tokens']:,}",
         "workspace": format_bytes(memory["workspace_bytes"]),
+        "rehearsed": _bytes_or(memory["measured_workspace_bytes"], "unknown"),
         "budget": format_bytes(memory["budget_bytes"]) if memory["budget_bytes"] else "none",
+        "headroom": _bytes_or(memory["headroom_bytes"], "none"),
     }
+
+
+def _bytes_or(num_bytes: int | None, word: str) -> str:
+    return word if num_bytes is None else format_bytes(num_bytes)
 
 
 # -- drain -----------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ def ray_options(config: ServeConfig) -> RayOptions:
     cores = len(os.sched_getaffinity(0))
     return RayOptions(
         address=config.ray_address,
+        adds_node=config.ray_join,
         num_cpus=max(cores, (config.stages or 1) * threads),
         threads_per_stage=threads,
         strategy=config.ray_strategy,

@@ -19,16 +19,17 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tightfit.cluster.errors import ConfigError, PlacementError, UnavailableError
-from tightfit.cluster.nodes import alive_nodes, probe_nodes
+from tightfit.cluster.nodes import alive_nodes, probe_nodes, slowest_link
 from tightfit.cluster.pipeline import LinkedStages
 from tightfit.cluster.placement import Place
 from tightfit.cluster.ray_authentication import answers_anyone
+from tightfit.cluster.ray_node import OBJECT_STORE_BYTES, JoinedNode
 from tightfit.workers.actor import StageActor
 from tightfit.workers.api import LoadProgress, StageSpec, StageStatus
 from tightfit.workers.errors import WorkerError
 from tightfit.workers.logs import log_environment
 from tightfit.workers.model_formats import AUTO
-from tightfit.workers.probing.result import NodeProbe
+from tightfit.workers.probing.result import LinkRate, NodeProbe
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +37,6 @@ NODE_ID_LABEL = "ray.io/node-id"
 """That Ray gives each node."""
 CONTROL_TIMEOUT_S = 30.0
 PROGRESS_POLL_S = 0.25
-OBJECT_STORE_BYTES = 80 * 2**20
-"""Ray's least: no tensor ever goes through the object store."""
 SPIN_COUNT = 30_000
 """GOMP_SPINCOUNT of a stage: how often a waiting OpenMP thread looks before it sleeps. By libgomp's
 own default of 300,000 the threads of a finished forward hold their cores for about a millisecond,
@@ -53,6 +52,8 @@ class RayOptions:
 
     address: str | None = None
     """None: start a private one on this machine; "auto" or host:port: join."""
+    adds_node: bool = False
+    """Make this machine a node of the cluster at `address` first, one without room for stages."""
     num_cpus: int = 1
     """Logical CPUs of a private cluster."""
     threads_per_stage: int = 1
@@ -77,6 +78,7 @@ class RaySession:
         self._was_connected = ray.is_initialized()
         self._temp_dir: str | None = None
         self._processes: list[psutil.Process] = []
+        self._node: JoinedNode | None = None
         if self._was_connected:
             return
         common: dict[str, Any] = {
@@ -86,6 +88,8 @@ class RaySession:
         }
         if options.address is None:
             self._start_private(common)
+        elif options.adds_node:
+            self._join(options.address, common)
         else:
             try:
                 ray.init(address=options.address, **common)
@@ -128,6 +132,28 @@ class RaySession:
             raise
         self._processes = self._children_since(before)
 
+    def _join(self, address: str, common: dict[str, Any]) -> None:
+        """Add a node to the cluster, and connect through it as soon as it is known there."""
+        deadline = time.monotonic() + self.options.placement_timeout_s
+        self._node = JoinedNode(address)
+        try:
+            self._node.start(self.options.placement_timeout_s)
+            while True:
+                try:
+                    ray.init(address=address, **common)
+                    break
+                except (ConnectionError, RuntimeError, ValueError) as error:
+                    ended = self._node.why_ended()
+                    if ended is not None or time.monotonic() > deadline:
+                        raise ConfigError(
+                            f"cannot join the Ray cluster at {address}: {ended or error}"
+                        ) from error
+                time.sleep(PROGRESS_POLL_S)
+            self._refuse_an_open_cluster()
+        except BaseException:
+            self._node.close()
+            raise
+
     @staticmethod
     def _children_since(before: set[psutil.Process]) -> list[psutil.Process]:
         return [p for p in psutil.Process().children(recursive=True) if p not in before]
@@ -148,6 +174,8 @@ class RaySession:
             return
         if self._temp_dir is None:
             ray.shutdown()
+            if self._node is not None:
+                self._node.close()
             return
         family = set(self._processes)
         for process in self._processes:
@@ -166,8 +194,10 @@ class RaySession:
         shutil.rmtree(self._temp_dir, ignore_errors=True)
 
 
-def probe_cluster(address: str, device: str, *, insecure: bool) -> list[NodeProbe]:
-    """What every node of a Ray cluster measures of itself.
+def probe_cluster(
+    address: str, device: str, *, insecure: bool
+) -> tuple[list[NodeProbe], LinkRate | None]:
+    """What every node of a Ray cluster measures of itself, and the slowest link between them.
 
     Raises:
         ConfigError: the cluster cannot be reached, or asks nobody for a token.
@@ -175,7 +205,8 @@ def probe_cluster(address: str, device: str, *, insecure: bool) -> list[NodeProb
     """
     session = RaySession(RayOptions(address=address, insecure=insecure))
     try:
-        return probe_nodes(alive_nodes(), "all" if device == AUTO else device)
+        nodes = alive_nodes()
+        return probe_nodes(nodes, "all" if device == AUTO else device), slowest_link(nodes)
     finally:
         session.close()
 
@@ -244,7 +275,7 @@ class StageGroup:
         self._group = placement_group(
             [dict(bundle) for bundle in bundles],
             options.strategy if not selectors else "PACK",
-            bundle_label_selector=selectors,
+            bundle_label_selector=selectors or None,
         )
         if not self._group.wait(options.placement_timeout_s):
             raise PlacementError(self._why_no_room(bundles))
@@ -301,7 +332,7 @@ class StageGroup:
                 self._group, placement_group_bundle_index=index
             ),
             runtime_env={"env_vars": _stage_environment(self._threads(spec), uuid)},
-        ).remote(spec, self._run_dir, ray.util.get_node_ip_address() if tcp else None)
+        ).remote(spec, self._run_dir, tcp)
 
     # -- loading -----------------------------------------------------------------------------
 
@@ -368,9 +399,11 @@ class StageGroup:
         endpoints = [
             self._result(actor.endpoint.remote(), index) for index, actor in enumerate(self._actors)
         ]
-        for index, onward in enumerate([*endpoints[1:], ours.endpoint]):
-            self._result(self._actors[index].connect.remote(onward, epoch), index)
-        ours.connect(endpoints[0])
+        onwards, upstreams = [*endpoints[1:], ours.endpoint], [ours.endpoint, *endpoints[:-1]]
+        for index, (onward, upstream) in enumerate(zip(onwards, upstreams, strict=True)):
+            wired = self._actors[index].connect.remote(onward, epoch, upstream.public_key)
+            self._result(wired, index)
+        ours.connect(endpoints[0], last_key=endpoints[-1].public_key)
         self._runs = [actor.run.remote() for actor in self._actors]
         self._watcher = threading.Thread(target=self._watch, name="stage-watch", daemon=True)
         self._watcher.start()

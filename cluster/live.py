@@ -14,7 +14,13 @@ from tightfit.cluster.placement import Place
 from tightfit.cluster.planning.inventory import Device, DeviceType, Inventory, parse_inventory
 from tightfit.cluster.planning.plan import Plan, StagePlan
 from tightfit.workers.model_formats import AUTO
-from tightfit.workers.probing.result import DeviceMemory, DeviceProbe, NodeProbe, PresentDevice
+from tightfit.workers.probing.result import (
+    DeviceMemory,
+    DeviceProbe,
+    LinkRate,
+    NodeProbe,
+    PresentDevice,
+)
 from tightfit.workers.shard_bytes import gpu_reserve_bytes
 
 HOST_RESERVE_BYTES: Final = 2 * 2**30
@@ -34,13 +40,18 @@ def probe_here(device: str) -> NodeProbe:
 
 
 def live_inventory(
-    probes: Sequence[NodeProbe], device: str, *, cpu_budget_bytes: int | None = None
+    probes: Sequence[NodeProbe],
+    device: str,
+    *,
+    between: LinkRate | None = None,
+    cpu_budget_bytes: int | None = None,
 ) -> Inventory:
     """The devices of one kind that a plan may use.
 
     Args:
         probes: of each node.
         device: "cuda", "cpu", or "auto": GPUs where there are any.
+        between: the slowest link from host to host, where there are several.
         cpu_budget_bytes: what may be taken of each host; None: what is free less a reserve.
 
     Raises:
@@ -58,7 +69,7 @@ def live_inventory(
         replace(probe, devices=tuple(d for d in probe.devices if d.kind == kind))
         for probe in probes
     ]
-    tree = inventory_tree(wanted, lambda found: planned_bytes(found, cpu_budget_bytes))
+    tree = inventory_tree(wanted, lambda found: planned_bytes(found, cpu_budget_bytes), between)
     return parse_inventory(tree, "what was measured")
 
 

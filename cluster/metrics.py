@@ -206,6 +206,19 @@ class Metrics:
         self._gpu_bytes = self._gauge(
             "stage_gpu_bytes", "Given out to a stage by its GPU's allocator.", ["stage"]
         )
+        self._predicted_held_bytes = self._gauge(
+            "stage_predicted_held_bytes", "Weights and KV cache of a stage, from shapes.", ["stage"]
+        )
+        self._resident_bytes = self._gauge(
+            "stage_resident_bytes",
+            "The same as the kernel, or the GPU's allocator, saw it when the stage had loaded.",
+            ["stage"],
+        )
+        self._differences = self._gauge(
+            "stage_memory_differences",
+            "In how many ways a stage's memory differs from what was predicted.",
+            ["stage"],
+        )
         self._total_bytes = self._gauge(
             "stage_memory_bytes", "Weights, KV cache and workspace of a stage.", ["stage"]
         )
@@ -317,6 +330,9 @@ class Metrics:
             self._workspace_bytes.labels(stage).set(memory.workspace_bytes)
             self._rss_bytes.labels(stage).set(memory.rss_anon_bytes)
             self._gpu_bytes.labels(stage).set(memory.gpu_bytes)
+            self._predicted_held_bytes.labels(stage).set(memory.predicted_held_bytes)
+            self._resident_bytes.labels(stage).set(memory.resident_bytes)
+            self._differences.labels(stage).set(len(memory.differences))
             self._total_bytes.labels(stage).set(memory.total_bytes)
             if memory.budget_bytes is not None:
                 self._budget_bytes.labels(stage).set(memory.budget_bytes)

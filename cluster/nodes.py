@@ -7,7 +7,8 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from itertools import islice, pairwise
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -15,14 +16,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tightfit.cluster.errors import PlacementError
 from tightfit.workers.errors import WorkerError
 from tightfit.workers.node_tasks import present_on_this_node, probe_this_node
-from tightfit.workers.probing.result import NodeProbe, PresentDevice
+from tightfit.workers.probing.loopback import LinkEnd
+from tightfit.workers.probing.result import LinkRate, NodeProbe, PresentDevice
 
 NODE_LABEL = "tightfit.io/node"
 """Label of a Ray node (`ray start --labels tightfit.io/node=NAME`) that plans call it by."""
 PROBE_TIMEOUT_S = 180.0
 """Of all nodes together: the first time, kernels are compiled on each GPU."""
 LOOK_TIMEOUT_S = 60.0
-T = TypeVar("T")
+MAX_LINKS = 8
+"""That are measured: each takes about a second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +35,8 @@ class Node:
     name: str
     """Its label `NODE_LABEL`, or its host's name."""
     ray_id: str
+    address: str
+    """Of its host."""
     cpus: int
     """That Ray may give out on it."""
     gpus: int
@@ -51,6 +56,7 @@ def alive_nodes() -> list[Node]:
         Node(
             name=node.get("Labels", {}).get(NODE_LABEL) or node["NodeManagerHostname"],
             ray_id=node["NodeID"],
+            address=node["NodeManagerAddress"],
             cpus=int(node["Resources"].get("CPU", 0)),
             gpus=int(node["Resources"].get("GPU", 0)),
         )
@@ -77,9 +83,8 @@ def probe_nodes(nodes: Sequence[Node], devices: str) -> list[NodeProbe]:
     Raises:
         PlacementError: a node did not answer, or cannot measure.
     """
-    return _everywhere(
-        nodes, lambda node: _on(node, probe_this_node).remote(node.name, devices), PROBE_TIMEOUT_S
-    )
+    refs = [_task(node, probe_this_node).remote(node.name, devices) for node in nodes]
+    return _answers(nodes, refs, PROBE_TIMEOUT_S)
 
 
 def look_at_nodes(
@@ -90,34 +95,68 @@ def look_at_nodes(
     Raises:
         PlacementError: a node did not answer.
     """
-    found = _everywhere(
-        nodes, lambda node: _on(node, present_on_this_node).remote(kinds, held), LOOK_TIMEOUT_S
-    )
+    refs = [_task(node, present_on_this_node).remote(kinds, held) for node in nodes]
+    found = _answers(nodes, refs)
     return {node.name: devices for node, devices in zip(nodes, found, strict=True)}
 
 
-def _on(node: Node, function: Callable[..., T]) -> Any:
+def slowest_link(nodes: Sequence[Node]) -> LinkRate | None:
+    """Of the links between nodes that are neighbours by name, up to `MAX_LINKS` of them, one after
+    the other, over the encrypted TCP that stages use; None: there are no two nodes.
+
+    Raises:
+        PlacementError: a node did not answer, or messages between two did not come back.
+    """
+    found = [_link(one, other) for one, other in islice(pairwise(nodes), MAX_LINKS)]
+    return max(found, key=lambda link: link.latency_s, default=None)
+
+
+def _link(one: Node, other: Node) -> LinkRate:
+    end_class = ray.remote(LinkEnd)
+    ends = [
+        end_class.options(num_cpus=0, max_restarts=0, **_on(node)).remote(
+            node.name, node.ray_id, node.address
+        )
+        for node in (one, other)
+    ]
+    try:
+        here, there = _answers([one, other], [end.endpoint.remote() for end in ends])
+        echo = ends[1].echo.remote(here)
+        found: LinkRate
+        (found,) = _answers([one], [ends[0].measure.remote(there, one.name, other.name)])
+        _answers([other], [echo])
+        return found
+    finally:
+        for end in ends:
+            ray.kill(end)
+
+
+def _task(node: Node, function: Callable[..., Any]) -> Any:
     """The function as a task on this very node, in a process of its own that ends with it, and
-    with it its hold on GPUs. Ray would hide these from a task that reserves none."""
-    environment = {
-        "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
-        "PYTHONSAFEPATH": "1",
-    }
+    with it its hold on GPUs."""
+    return ray.remote(max_calls=1)(function).options(num_cpus=0, max_retries=0, **_on(node))
+
+
+def _on(node: Node) -> dict[str, Any]:
+    """Options of what runs on this very node. Ray would hide GPUs from it, as it reserves none."""
+    environment = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "PYTHONSAFEPATH": "1"}
     if "XDG_CACHE_HOME" in os.environ:
         environment["XDG_CACHE_HOME"] = os.environ["XDG_CACHE_HOME"]
-    return ray.remote(max_calls=1)(function).options(
-        num_cpus=0,
-        max_retries=0,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(node.ray_id, soft=False),
-        runtime_env={"env_vars": environment},
-    )
+    return {
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node.ray_id, soft=False),
+        "runtime_env": {"env_vars": environment},
+    }
 
 
-def _everywhere(nodes: Sequence[Node], start: Callable[[Node], Any], timeout_s: float) -> list[Any]:
-    refs = [start(node) for node in nodes]
-    _, pending = ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
-    for ref in pending:
-        ray.cancel(ref, force=True)
+def _answers(
+    nodes: Sequence[Node], refs: Sequence[Any], timeout_s: float = LOOK_TIMEOUT_S
+) -> list[Any]:
+    """What was asked of each node.
+
+    Raises:
+        PlacementError: one did not answer within the time limit, or could not.
+    """
+    _, pending = ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s)
     if pending:
         late = ", ".join(node.name for node, ref in zip(nodes, refs, strict=True) if ref in pending)
         raise PlacementError(f"node(s) {late} did not say what they have within {timeout_s:g} s")

@@ -13,6 +13,7 @@ from tightfit.cluster.errors import UnavailableError
 from tightfit.workers.api import MicroBatch, SequenceSlice, StepResult
 from tightfit.workers.errors import LinkError
 from tightfit.workers.link import Endpoint, Receiver, Sender, StepMessage
+from tightfit.workers.link_keys import LinkKeys
 
 
 class StageChain(Protocol):
@@ -43,10 +44,12 @@ class LinkedStages:
     def __init__(self, *, run_dir: str, node_id: str, tcp_host: str | None) -> None:
         self._node_id = node_id
         self._sender: Sender | None = None
+        self._keys = LinkKeys.new()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._results = Receiver(
-            StepResult, run_dir=run_dir, name="results", node_id=node_id, tcp_host=tcp_host
-        )
+            StepResult, run_dir=run_dir, name="results", node_id=node_id, tcp_host=tcp_host,
+            keys=self._keys,
+        )  # fmt: skip
         self._results.watch(self._wake_fd)
 
     @property
@@ -54,11 +57,12 @@ class LinkedStages:
         """Where the last stage sends its results."""
         return self._results.endpoint
 
-    def connect(self, first_stage: Endpoint) -> None:
-        """Send to this first stage from now on."""
+    def connect(self, first_stage: Endpoint, *, last_key: str) -> None:
+        """Send to this first stage from now on, and hear only the last stage, by its key."""
         if self._sender is not None:
             self._sender.close()
-        self._sender = Sender(first_stage, node_id=self._node_id)
+        self._results.admit(last_key)
+        self._sender = Sender(first_stage, node_id=self._node_id, keys=self._keys)
 
     def send(self, batch: MicroBatch) -> None:
         """See `StageChain`.

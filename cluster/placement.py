@@ -97,6 +97,8 @@ def by_number(config: ServeConfig, model: ModelDescription) -> Placement:
             end_layer=end,
             memory_budget_bytes=config.memory_budget_bytes,
             max_kv_blocks=config.max_kv_blocks,
+            max_context=config.max_context,
+            max_sequences=config.max_running_sequences,
         )
         for index, (first, end) in enumerate(ranges)
     ]

@@ -7,21 +7,31 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from tightfit.cluster.config import PlanConfig
+from tightfit.cluster.config.chart import inventory_tree, read_values
 from tightfit.cluster.errors import ConfigError, PlacementError
 from tightfit.cluster.hub import download_config, parse_hub_name
 from tightfit.cluster.planning.ask import plan_request
 from tightfit.cluster.planning.assembly import make_plan
 from tightfit.cluster.planning.explain import explain, why_not
-from tightfit.cluster.planning.inventory import CONFIGS, Inventory, read_inventory
+from tightfit.cluster.planning.inventory import (
+    CONFIGS,
+    Inventory,
+    parse_inventory,
+    read_inventory,
+)
 from tightfit.cluster.planning.picture import picture
-from tightfit.cluster.planning.plan import dump_plan
+from tightfit.cluster.planning.plan import Plan, dump_plan
 from tightfit.cluster.planning.planner import solve
-from tightfit.cluster.planning.report import report
+from tightfit.cluster.planning.replicas import make_replicas
+from tightfit.cluster.planning.report import replica_lines, report
+from tightfit.cluster.planning.request import PlanRequest
 from tightfit.cluster.settings import as_mapping, read_yaml
+from tightfit.cluster.simulation import Load, Simulation, Spread, simulate_plan
 from tightfit.workers.decoder_config import decoder_config
 
 
@@ -36,6 +46,8 @@ def plan(config: PlanConfig, *, output: str) -> int:
         ConfigError: the model's config or the inventory cannot be used.
         PlacementError: the model does not fit; says what lacks and what would do.
     """
+    if config.simulate is not None and output not in ("table", "json"):
+        raise ConfigError(f"plan.simulate goes with the table and --json, not with --{output}")
     model = decoder_config(read_model_config(config.model))
     request = plan_request(config, model, _inventory(config))
     name = _model_name(config.model)
@@ -43,13 +55,19 @@ def plan(config: PlanConfig, *, output: str) -> int:
     if solution is None:
         raise PlacementError(why_not(name, request))
     found = make_plan(name, request, solution)
+    replicas = None
+    if config.num_replicas != 1:
+        replicas = make_replicas(name, request, config.num_replicas, solution)
+        found = replicas.plans[0]
+    plans = (found,) if replicas is None else replicas.plans
     if output == "yaml":
-        print(dump_plan(found), end="")
+        print("---\n".join(dump_plan(plan) for plan in plans), end="")
         return 0
     if output == "svg":
-        print(picture(found), end="")
+        print(picture(*plans), end="")
         return 0
     explanation = explain(request, solution, found)
+    simulation = _simulation(config, request, found)
     if output == "json":
         tree = {
             "plan": dataclasses.asdict(found),
@@ -60,11 +78,40 @@ def plan(config: PlanConfig, *, output: str) -> int:
             "token_s": found.token_s,
             "tokens_per_s": found.tokens_per_s,
             "prefill_tokens_per_s": found.prefill_tokens_per_s,
+            "replicas": None if replicas is None else dataclasses.asdict(replicas),
+            "simulation": None if simulation is None else dataclasses.asdict(simulation),
         }
         print(json.dumps(tree, indent=1))
     else:
         print(report(request, found, explanation))
+        if replicas is not None:
+            print(replica_lines(replicas))
+        if simulation is not None:
+            print(simulation_line(simulation))
     return 0
+
+
+def _simulation(config: PlanConfig, request: PlanRequest, found: Plan) -> Simulation | None:
+    if config.load is None:
+        return None
+    load = Load(**config.load)
+    return simulate_plan(found, load, max_context_tokens=request.model.max_position)
+
+
+def simulation_line(simulation: Simulation) -> str:
+    """For people, as the other lines of the table."""
+    load, ttft, itl = simulation.load, simulation.ttft, simulation.itl
+    number = f"{load.requests:,} requests on " if load.requests != load.streams else ""
+    busy = ", ".join(f"{100 * share:.0f} %" for share in simulation.busy)
+    return (
+        f"simulated      {number}{load.streams:,} streams of {load.prompt:,} + {load.output:,} "
+        f"tokens: {simulation.tokens_per_s:,.1f} tokens/s; first token after {_ms(ttft)}, then one "
+        f"every {_ms(itl)}; stages busy {busy}"
+    )
+
+
+def _ms(times: Spread) -> str:
+    return f"{1000 * times.mean_s:,.1f} ms (p99 {1000 * times.p99_s:,.1f})"
 
 
 def read_model_config(model: str) -> Mapping[str, object]:
@@ -99,7 +146,7 @@ def _read_json(path: Path) -> object:
     """Not as YAML, for which 1e-05 is text."""
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
 
 
@@ -109,9 +156,11 @@ def _model_name(model: str) -> str:
 
 
 def _inventory(config: PlanConfig) -> Inventory:
-    """The devices that the plan may use: listed in a file, or measured."""
+    """The devices that the plan may use: listed in a file, pools of the chart, or measured."""
     if config.live:
         return _measured(config)
+    if config.values is not None:
+        return _pools(config.values)
     name = config.inventory or ""
     path = Path(name).expanduser()
     shipped = CONFIGS / "inventories" / f"{name}.yaml"
@@ -123,17 +172,33 @@ def _inventory(config: PlanConfig) -> Inventory:
     return read_inventory(path)
 
 
+def _pools(paths: str) -> Inventory:
+    tree = inventory_tree(read_values(paths))
+    try:
+        return parse_inventory(tree, paths)
+    except ConfigError as error:  # in the words of the values
+        names = [node["name"] for node in tree["nodes"]]
+        said = str(error).replace(": types", ": deviceTypes")
+        said = re.sub(r"(nodes\[\d+\])\.count", r"\1.nodes", said)
+        said = re.sub(r"nodes\[(\d+)\]", lambda match: f"pools.{names[int(match[1])]}", said)
+        raise ConfigError(said.replace(".devices[0]", ".devices")) from None
+
+
 def _measured(config: PlanConfig) -> Inventory:
     """Imports torch, or Ray, only now: planning by a file needs neither."""
     from tightfit.cluster.live import live_inventory, probe_here
 
     if config.ray_address is None:
-        probes = [probe_here(config.device)]
+        probes, between = [probe_here(config.device)], None
     else:
         from tightfit.cluster import ray_environment
 
         ray_environment.prepare(is_private=False)
         from tightfit.cluster.launch import probe_cluster
 
-        probes = probe_cluster(config.ray_address, config.device, insecure=config.insecure_ray)
-    return live_inventory(probes, config.device, cpu_budget_bytes=config.cpu_budget_bytes)
+        probes, between = probe_cluster(
+            config.ray_address, config.device, insecure=config.insecure_ray
+        )
+    return live_inventory(
+        probes, config.device, between=between, cpu_budget_bytes=config.cpu_budget_bytes
+    )

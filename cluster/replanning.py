@@ -49,6 +49,8 @@ def advantage(
     if blocks >= MORE_TOKENS * min(served.kv_blocks, max_kv_blocks):
         tokens = blocks * possible.block_size
         return f"KV cache for {tokens:,} tokens instead of {served.kv_tokens:,}"
+    if possible.is_measured != served.is_measured:
+        return None  # the times of one are by a data sheet, and cannot be compared
     slowest, present = max(possible.step_s(1)), max(served.step_s(1))
     if slowest <= LESS_TIME * present:
         return (

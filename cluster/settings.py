@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import reprlib
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 Values = Mapping[str, object]
 """Settings by key, as a file or flags give them."""
+MAX_YAML_BYTES = 16 * 2**20
 TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -110,14 +112,31 @@ def read_yaml(path: Path) -> object:
     """What a YAML file holds; no mapping of it has the same key twice.
 
     Raises:
-        ConfigError: it cannot be read, or is not YAML.
+        ConfigError: it cannot be read, is not YAML, or is larger or deeper than any that is meant.
     """
     try:
-        return yaml.load(path.read_text(), Loader=_UniqueKeyLoader)
+        with path.open("rb") as file:
+            data = file.read(MAX_YAML_BYTES + 1)
+        if len(data) > MAX_YAML_BYTES:
+            raise ConfigError(f"{path}: has more than {MAX_YAML_BYTES:,} bytes")
+        return yaml.load(data.decode(), Loader=_UniqueKeyLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    except RecursionError:
+        raise ConfigError(f"{path}: is nested too deeply") from None
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: not more than some of it, as a few aliases in a file can stand
+    for any amount."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2
+_SHORT.maxstring = _SHORT.maxother = 200
 
 
 def refuse_unknown(values: Values, known: Sequence[str], section: str) -> None:
@@ -152,7 +171,7 @@ def as_mapping(value: object, where: str) -> dict[str, object]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ConfigError(f"{where}: expected `key: value` lines, found {value!r}")
+        raise ConfigError(f"{where}: expected `key: value` lines, found {shown(value)}")
     return {str(key): entry for key, entry in value.items()}
 
 
@@ -195,7 +214,7 @@ def _convert(value: object, setting: Setting, where: str) -> Any:
     if not isinstance(value, setting.kind) or (
         setting.kind is not bool and isinstance(value, bool)
     ):
-        raise ConfigError(f"{where}: {value!r} is not {TYPE_NAMES[setting.kind]}")
+        raise ConfigError(f"{where}: {shown(value)} is not {TYPE_NAMES[setting.kind]}")
     return value
 
 
@@ -205,7 +224,7 @@ def _check_range(
     where: str,
 ) -> None:
     if option.choices and value not in option.choices:
-        raise ConfigError(f"{where}: {value!r} is not one of {', '.join(option.choices)}")
+        raise ConfigError(f"{where}: {shown(value)} is not one of {', '.join(option.choices)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}: {value} is not finite")
     if option.at_least is not None and value < option.at_least:

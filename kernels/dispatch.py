@@ -12,11 +12,17 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from tightfit.kernels import cpu
+from tightfit.kernels import cpu, packed_int8
 from tightfit.kernels.crossover import MEASURE_LIMIT_S, NEVER, find_crossover
-from tightfit.kernels.formats import OUTLIER_THRESHOLD, Format, activation_dtype
+from tightfit.kernels.formats import (
+    DECOMPOSED_WIDTH,
+    OUTLIER_THRESHOLD,
+    Format,
+    activation_dtype,
+)
 from tightfit.kernels.groups import GroupWeight, Quantized, pack_groups, quantize_groups
-from tightfit.kernels.ops import Kernel, OpPair, PackedWeight, dense_ops, hold_int8, pack_int8
+from tightfit.kernels.ops import Kernel, OpPair, PackedWeight, dense_ops
+from tightfit.kernels.packed_int8 import PackedInt8Weight
 from tightfit.kernels.weights import Int8Weight
 
 __all__ = [
@@ -45,10 +51,16 @@ CPU_OPS: Final[dict[Format, OpPair[Any]]] = {
     Format.FP32: dense_ops(torch.float32),
     Format.BF16: dense_ops(torch.bfloat16),
     Format.INT8: OpPair(
-        pack=pack_int8, hold=hold_int8, few=cpu.bind_int8_packed, many=cpu.bind_int8_dequantized
+        pack=packed_int8.pack_int8,
+        hold=packed_int8.hold_int8,
+        few=packed_int8.bind_few,
+        many=packed_int8.bind_many,
     ),
     Format.LLM_INT8: OpPair(
-        pack=pack_int8, hold=hold_int8, few=cpu.bind_int8_packed, many=cpu.bind_llm_int8
+        pack=packed_int8.pack_int8,
+        hold=packed_int8.hold_int8,
+        few=packed_int8.bind_few,
+        many=packed_int8.bind_many_llm_int8,
     ),
     Format.INT4: OpPair(
         pack=cpu.pack_int4,
@@ -87,11 +99,12 @@ class Linear:
         bias: Tensor | None,
         *,
         shape: tuple[int, int],
+        ops: OpPair[Any] | None = None,
         order: Tensor | None = None,
         device: str,
     ) -> None:
-        """Made by `quantize_linear` and `hold_linear`."""
-        ops = _ops(fmt, device)
+        """Made by `quantize_linear` and `hold_linear`; `ops`: if not those of the format."""
+        ops = ops or _ops(fmt, device)
         self.n_out, self.n_in = shape
         act = DTYPES[activation_dtype(fmt)]
         self.format, self.device = fmt, device
@@ -104,7 +117,8 @@ class Linear:
         """Bytes of weight, scales and bias; `formats.linear_bytes`, and 4 K with an order."""
         self.crossover = NEVER
         self._few = _ordered(ops.few(weight, self.bias), order)
-        self._many = _ordered(ops.many(weight, self.bias), order) if ops.many else self._few
+        many = ops.many(weight, self.bias) if ops.many else None
+        self._many = _ordered(many, order) if many else self._few
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, K] → [T, N]."""
@@ -134,8 +148,16 @@ def _ordered(kernel: Kernel, order: Tensor | None) -> Kernel:
     return lambda x: kernel(x.index_select(1, order))
 
 
-def _with_threshold(weight: PackedWeight, outlier_threshold: float) -> PackedWeight:
-    if isinstance(weight, Int8Weight):
+def _layer_ops(
+    fmt: Format, shape: tuple[int, int], outlier_threshold: float | None, device: str
+) -> OpPair[Any]:
+    """The format's; of a small layer in `llm_int8` `int8`'s, unless there is a threshold."""
+    is_whole = outlier_threshold is None and min(shape) < DECOMPOSED_WIDTH
+    return _ops(Format.INT8 if fmt is Format.LLM_INT8 and is_whole else fmt, device)
+
+
+def _with_threshold(weight: PackedWeight, outlier_threshold: float | None) -> PackedWeight:
+    if outlier_threshold is not None and isinstance(weight, Int8Weight | PackedInt8Weight):
         return replace(weight, outlier_threshold=outlier_threshold)
     return weight
 
@@ -156,7 +178,7 @@ def quantize_linear(
     fmt: Format,
     *,
     group_size: int | None = None,
-    outlier_threshold: float = OUTLIER_THRESHOLD,
+    outlier_threshold: float | None = OUTLIER_THRESHOLD,
     device: str = "cpu",
 ) -> Linear:
     """Put one layer's weight into `fmt`, in one pass; the result shares no memory with `weight`.
@@ -166,14 +188,16 @@ def quantize_linear(
         bias: [N] or None.
         fmt: wanted format.
         group_size: input features that share a scale in `int4` and `int3`; None: the default.
-        outlier_threshold: of `llm_int8`.
+        outlier_threshold: of `llm_int8`; None: 6.0, in layers at least `DECOMPOSED_WIDTH` wide both
+            ways; smaller ones compute as in `int8`, with any number of tokens.
         device: torch device name.
     Raises:
         ValueError: no such format on this device, shapes that do not fit, or non-finite weights.
     """
-    ops, shape = _ops(fmt, device), _checked_shape(weight, bias)
+    shape = _checked_shape(weight, bias)
+    ops = _layer_ops(fmt, shape, outlier_threshold, device)
     packed = _with_threshold(ops.pack(weight.detach(), group_size, device), outlier_threshold)
-    return Linear(fmt, packed, bias, shape=shape, device=device)
+    return Linear(fmt, packed, bias, ops=ops, shape=shape, device=device)
 
 
 def hold_linear(
@@ -182,7 +206,7 @@ def hold_linear(
     fmt: Format,
     *,
     order: Tensor | None = None,
-    outlier_threshold: float = OUTLIER_THRESHOLD,
+    outlier_threshold: float | None = OUTLIER_THRESHOLD,
     device: str = "cpu",
 ) -> Linear:
     """Take one layer's weight that is quantised already, its numbers kept but for scales rounded to
@@ -193,17 +217,19 @@ def hold_linear(
         bias: [N] or None.
         fmt: `int8`, `llm_int8`, `int4` or `int3`, of as many bits.
         order: [K] whole numbers: column i of the weight belongs to input feature order[i].
-        outlier_threshold: of `llm_int8`.
+        outlier_threshold: of `llm_int8`; None: 6.0, in layers at least `DECOMPOSED_WIDTH` wide both
+            ways; smaller ones compute as in `int8`, with any number of tokens.
         device: torch device name.
     Raises:
         ValueError: the format cannot hold these numbers, or shapes that do not fit.
     """
-    ops, shape = _ops(fmt, device), _checked_shape(weight.integers, bias)
+    shape = _checked_shape(weight.integers, bias)
+    ops = _layer_ops(fmt, shape, outlier_threshold, device)
     if ops.hold is None:
         raise ValueError(f"{fmt} holds no quantised numbers")
     index = None if order is None else order.to(device, torch.int32)
     packed = _with_threshold(ops.hold(weight.to(device)), outlier_threshold)
-    return Linear(fmt, packed, bias, shape=shape, order=index, device=device)
+    return Linear(fmt, packed, bias, ops=ops, shape=shape, order=index, device=device)
 
 
 def measure_crossover(linear: Linear, *alike: Linear, limit_s: float = MEASURE_LIMIT_S) -> int:

@@ -16,7 +16,8 @@ class Format(StrEnum):
     INT8 = "int8"
     """int8 values [N, K], one bf16 scale per output channel; activations stay in bf16."""
     LLM_INT8 = "llm_int8"
-    """The same weights; with many tokens activations are int8 too, outlier columns in bf16."""
+    """The same weights; with many tokens activations of large layers are int8 too, outlier columns
+    in bf16."""
     INT4 = "int4"
     """4 bits, asymmetric, a scale and a zero point per group of input features."""
     INT3 = "int3"
@@ -50,6 +51,12 @@ BYTES_PER_PACK = {4: 1, 3: 12}
 OUTLIER_THRESHOLD = 6.0
 """|x| from which LLM.int8() takes a feature's column for an outlier (arXiv 2208.07339, section
 3.2)."""
+
+DECOMPOSED_WIDTH = 4096
+"""Input and output features from which on, of both, a layer in `llm_int8` has activations in int8
+where no threshold is given: as many as the layers of a model of 6.7B parameters have. From there
+on the paper's threshold keeps what int8 would lose; smaller models lose by it, and gain little
+time."""
 
 OLDEST_CAPABILITY = (8, 0)
 """Of GPUs that stages run on: activations are bf16, in which older chips do not compute."""

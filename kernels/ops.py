@@ -42,8 +42,8 @@ class OpPair(Generic[W]):
     """Weights that are quantised already, their numbers kept; None: this format has none."""
     few: Callable[[W, Tensor | None], Kernel]
     """(packed weight, bias) → the op for few tokens."""
-    many: Callable[[W, Tensor | None], Kernel] | None = None
-    """The same for many tokens; None when `few` is always best."""
+    many: Callable[[W, Tensor | None], Kernel | None] | None = None
+    """The same for many tokens; None when `few` is always best, of any weight or of this one."""
 
 
 def bind_dense(weight: Tensor, bias: Tensor | None) -> Kernel:

@@ -47,7 +47,18 @@ class Script(inference_pb2_grpc.InferenceServiceServicer, cluster_pb2_grpc.Clust
 
     def GetStatus(self, request, context):
         memory = cluster_pb2.StageMemory(
-            predicted_weight_bytes=100 * 2**20, weight_bytes=101 * 2**20, kv_cache_bytes=2**30
+            predicted_weight_bytes=100 * 2**20,
+            weight_bytes=101 * 2**20,
+            kv_cache_bytes=2**30,
+            predicted_held_bytes=2**30 + 100 * 2**20,
+            held_bytes=2**30 + 101 * 2**20,
+            resident_bytes=2**31,
+            workspace_bytes=2**20,
+            measured_workspace_bytes=2**19,
+            budget_bytes=2**32,
+            headroom_bytes=-(2**30),
+            kv_tokens=4096,
+            differences=["device memory: 2 bytes, 1 predicted"],
         )
         return cluster_pb2.GetStatusResponse(
             model="tiny",
@@ -181,10 +192,17 @@ def test_status_shows_predicted_and_measured_bytes_of_every_stage(target, capsys
     assert lines[0] == "tiny: idle, epoch 1"
     assert "2 sequences running" in lines[1]
     assert "4 of 100 KV blocks in use" in lines[1]
-    first, second = lines[-2:]
-    shown = "0 0-14 int8 cpu 11 50 % 100.0 MiB 101.0 MiB 1.00 GiB 0 bytes none"
-    assert " ".join(first.split()) == shown
-    assert second.split()[:3] == ["1", "15-29", "int8"]
+    assert [" ".join(line.split()) for line in lines[3:5]] == [
+        "0 0-14 int8 cpu 11 50 %", "1 15-29 int8 0 0 %",
+    ]  # fmt: skip
+    assert lines[5] == "memory"
+    names = "stage predicted tensors resident weights KV cache KV tokens workspace rehearsed budget"
+    assert " ".join(lines[6].split()) == f"{names} headroom"
+    assert " ".join(lines[7].split()) == (
+        "0 1.10 GiB 1.10 GiB 2.00 GiB 101.0 MiB 1.00 GiB 4,096 1.0 MiB 512.0 KiB 4.00 GiB -1.00 GiB"
+    )
+    assert lines[8].split()[-3:] == ["unknown", "none", "none"]
+    assert lines[9:] == ["stage 0 is not as predicted: device memory: 2 bytes, 1 predicted"]
 
 
 def test_on_a_narrow_terminal_every_stage_keeps_one_line(target):
@@ -193,17 +211,21 @@ def test_on_a_narrow_terminal_every_stage_keeps_one_line(target):
     out = io.StringIO()
     console = Console(file=out, width=80, force_terminal=True, color_system=None)
     print_status(plain(Script().GetStatus(None, None)), console)
-    header, first, second = (line.split() for line in out.getvalue().splitlines()[-3:])
-    assert header[0] == "stage"
-    assert "100.0 MiB 101.0 MiB 1.00 GiB 0 bytes" in " ".join(first)
-    assert second[:2] == ["1", "15-29"]
+    _, _, *stages, memory, header, first, second, _ = out.getvalue().splitlines()
+    assert [line.split()[0] for line in stages] == ["stage", "0", "1"]
+    assert memory.strip() == "memory"
+    assert header.split()[-1] == "headroom"
+    assert " ".join(first.split()) == "0 1.10 GiB 1.10 GiB 2.00 GiB 4,096 1.0 MiB -1.00 GiB"
+    assert second.split()[0] == "1"
 
 
 def test_status_as_json_has_numbers_as_numbers_and_states_as_words(target, capsys):
     assert cli.main(["status", *target, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["health"] == "idle"
-    assert answer["stages"][0]["memory"]["weight_bytes"] == 101 * 2**20
+    memory, other = (stage["memory"] for stage in answer["stages"])
+    assert (memory["weight_bytes"], memory["headroom_bytes"]) == (101 * 2**20, -(2**30))
+    assert (other["headroom_bytes"], other["measured_workspace_bytes"]) == (None, None)
     assert answer["load"]["kv_blocks"] == 100
 
 

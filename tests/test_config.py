@@ -129,6 +129,12 @@ def planned(section, **settings):
     return start_plan_config(file, serve_config(file))
 
 
+def test_a_service_is_one_pipeline_whatever_its_plan_section_says():
+    assert planned({"replicas": "1"}).num_replicas == 1
+    with pytest.raises(ConfigError, match=r"plan\.replicas: max are planned, and a service is one"):
+        planned({"replicas": "max"})
+
+
 def test_a_service_plans_by_the_plan_section_and_its_own_settings():
     config = planned(
         {"sequences": 8, "context": 512, "exclude": "n1"},
@@ -239,7 +245,8 @@ def test_tokens_are_made_in_the_file_that_the_service_of_the_same_file_reads():
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_every_example_file_is_a_configuration(path):
     file = read_config_file(path)
-    assert serve_config(file).stages >= 1
+    config = serve_config(file)
+    assert config.stages or start_plan_config(file, config).live
     assert client_config(file).target
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -232,6 +233,20 @@ def test_a_model_is_downloaded_once_and_then_served_from_the_cache_without_a_hub
     away = resolve("org/small", tmp_path, "http://127.0.0.1:1")
     assert away.returncode == 0, away.stderr
     assert away.stdout == first.stdout
+
+
+def test_fetch_brings_a_model_into_the_cache_and_says_where_it_lies(hub, tmp_path):
+    cli = (
+        "import sys; from tightfit.cluster.cli import main; sys.exit(main(['fetch', sys.argv[1]]))"
+    )
+    done = resolve("org/small", tmp_path, hub.url, code=cli)
+    assert done.returncode == 0, done.stderr
+    directory = Path(done.stdout.strip())
+    assert directory.is_relative_to(tmp_path)
+    assert (directory / "model.safetensors").read_bytes() == b"weights"
+    missing = resolve("org/none", tmp_path, hub.url, code=cli)
+    assert missing.returncode == 1
+    assert "no such model on the hub" in missing.stderr
 
 
 @pytest.mark.parametrize(

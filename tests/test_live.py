@@ -1,11 +1,13 @@
 """Inventories of the devices that are there."""
 
+import dataclasses
+
 import pytest
 from test_probe_command import device, gpu, rates
 
 from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.live import HOST_RESERVE_BYTES, live_inventory
-from tightfit.workers.probing.result import NodeProbe
+from tightfit.workers.probing.result import LinkRate, NodeProbe
 
 GIB = 2**30
 
@@ -47,3 +49,20 @@ def test_nodes_of_one_kind_of_device_have_the_slowest_ones_rates():
     found = live_inventory([node("n1", fast), node("n2", slow)], "cuda").devices
     assert {d.type.gb_per_s for d in found} == {1000}
     assert [d.device_id for d in found] == ["n1:0", "n2:0"]
+
+
+def test_the_way_between_hosts_is_the_link_and_for_gpus_the_copies_to_and_from_them_too():
+    between = LinkRate(source="n1", target="n2", bytes_per_s=1e9, latency_s=2e-4)
+    hosts = [node("n1", device()), node("n2", device())]
+    link = live_inventory(hosts, "cpu", between=between).between_nodes
+    assert link.gb_per_s == pytest.approx(1.0)
+    assert link.seconds(28 * 2**10) == pytest.approx(2e-4, rel=0.01)
+
+    copies = [
+        LinkRate(source=source, target=target, bytes_per_s=1e10, latency_s=1e-5)
+        for source, target in [("cpu", "cuda:0"), ("cuda:0", "cpu")]
+    ]
+    gpus = [dataclasses.replace(node(name, gpu(0)), links=tuple(copies)) for name in ("n1", "n2")]
+    link = live_inventory(gpus, "cuda", between=between).between_nodes
+    assert link.gb_per_s == pytest.approx(1 / 1.2, rel=0.01)
+    assert live_inventory(gpus, "cuda").between_nodes is None

@@ -72,6 +72,44 @@ def test_json_has_the_plan_the_reasons_and_the_numbers(capsys):
     assert tree["explanation"]["baseline"]["devices"] == 5
 
 
+def test_a_load_is_served_in_simulated_time_beside_the_prediction(capsys):
+    arguments = [*BLOOM, "--sequences", "4", "--context", "64"]
+    load = ["--simulate", "streams=4,prompt=8,output=48,requests=8"]
+    tree = json.loads(printed(capsys, [*arguments, *load, "--json"]))
+    simulation = tree["simulation"]
+    assert simulation["load"] == {"streams": 4, "prompt": 8, "output": 48, "requests": 8}
+    assert simulation["tokens_per_s"] == pytest.approx(tree["tokens_per_s"], rel=0.05)
+    assert min(simulation["busy"]) > 0.9
+    line = printed(capsys, [*arguments, *load]).splitlines()[-1]
+    assert line.startswith("simulated      8 requests on 4 streams of 8 + 48 tokens: ")
+    assert f"{simulation['tokens_per_s']:,.1f} tokens/s" in line
+    assert json.loads(printed(capsys, [*arguments, "--json"]))["simulation"] is None
+
+
+def test_replicas_are_in_the_table_json_yaml_and_picture(capsys, tmp_path):
+    arguments = [*BLOOM, "--replicas", "max"]
+    table = printed(capsys, arguments)
+    assert "replicas       4, " in table
+    assert "there can be no more: a pipeline takes at least 2 of the 8 devices" in table
+    for number in range(2, 5):
+        assert f"replica {number}: bloom-176b on 2 × a100-80: 4.25 bits per weight" in table
+    tree = json.loads(printed(capsys, [*arguments, "--json"]))
+    plans = tree["replicas"]["plans"]
+    devices = [stage["device"] for plan in plans for stage in plan["stages"]]
+    assert sorted(devices) == [f"a:{number}" for number in range(8)]
+    assert tree["plan"] == plans[0]
+    documents = printed(capsys, [*arguments, "--yaml"]).split("---\n")
+    for number, text in enumerate(documents):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(text)
+        assert [s.device for s in read_plan(path).stages] == devices[2 * number : 2 * number + 2]
+    svg = ElementTree.fromstring(printed(capsys, [*arguments, "--svg"]))
+    assert svg.find(f"{SVG}title").text.endswith("; 4 replicas")
+    assert len(list(svg.iter(f"{SVG}line"))) == 3
+    frames = [r for r in svg.iter(f"{SVG}rect") if r.get("fill") == "none"]
+    assert len(frames) == 8
+
+
 def test_every_setting_reaches_the_planner(capsys):
     flags = (
         "--sequences 2 --context 512 --formats int3,int4 --mixed --head-format bf16 "
@@ -154,6 +192,15 @@ def test_what_does_not_fit_exits_with_1_and_says_what_would(capsys):
         ([*BLOOM[1:], "--max-loss", "1"], 2, "plan.max_loss is by plan.sensitivity"),
         ([*BLOOM[1:], "--sensitivity", "f", "--mixed"], 2, "leave plan.formats and plan.mixed out"),
         ([*BLOOM[1:], "--sensitivity", "f"], 1, "cannot be read"),
+        ([*BLOOM[1:], "--replicas", "many"], 2, "plan.replicas: 'many' is neither max nor a"),
+        ([*BLOOM[1:], "--replicas", "0"], 2, "plan.replicas: '0' is neither max nor a number"),
+        ([*BLOOM[1:], "--replicas", "9"], 1, "9 pipelines are asked for, and the inventory holds"),
+        ([*BLOOM[1:], "--replicas", "2", "--pin", "a:0=0-9"], 1, "leave pins or replicas"),
+        ([*BLOOM[1:], "--simulate", "stream=3"], 2, "plan.simulate: 'stream=3' is not like"),
+        ([*BLOOM[1:], "--simulate", "output=0"], 2, "plan.simulate: 'output=0' is not like"),
+        ([*BLOOM[1:], "--simulate", "requests=9999"], 2, "is of more than 1,000,000 tokens"),
+        ([*BLOOM[1:], "--simulate", "prompt=2000"], 1, "of 2000 + 128 tokens is longer than"),
+        ([*BLOOM[1:], "--simulate", "output=4", "--yaml"], 1, "not with --yaml"),
         ([*BLOOM[1:], "--exclude", "b"], 1, "has no b, which is to be excluded"),
     ],
 )

@@ -141,6 +141,7 @@ def test_the_inventory_has_types_of_measured_rates_and_a_lot_for_each_device(fou
     assert tree["types"]["measured-nvidia-l4"] == {
         "kind": "gpu", "memory": 24 * GIB, "gb_per_s": 900, "fp16_tflops": tera,
         "int8_tops": tera, "price": 0.0, "watts": 0.0, "capability": 8.9,
+        "rates": {"bf16": {1: 16.78, 64: 16.78}, "llm_int8": {1: 16.78, 64: 16.78}},
     }  # fmt: skip
     assert tree["types"]["measured-some-cpu-2ghz"]["kind"] == "cpu"
     (node,) = tree["nodes"]
@@ -155,6 +156,32 @@ def test_gpus_of_one_name_go_by_the_slowest(found, tmp_path):
     (kind,) = yaml.safe_load(written(tmp_path))["types"].values()
     assert kind["gb_per_s"] == 500
     assert kind["fp16_tflops"] == round(2 * 64 * 4096**2 / 2e-3 / 1e12, 3)
+    assert kind["rates"]["bf16"] == {1: 8.389, 64: 8.389}
+
+
+def link(source, target, gb_per_s, latency_s):
+    return LinkRate(source=source, target=target, bytes_per_s=gb_per_s * 1e9, latency_s=latency_s)
+
+
+def test_the_link_of_a_host_is_its_loopback_less_the_time_of_the_message(found, tmp_path):
+    found(device(), links=[link("cpu", "cpu", 2.0, 100e-6)])
+    (node,) = yaml.safe_load(written(tmp_path))["nodes"]
+    assert node["link"] == {"latency_us": round(100 - 28 * 1024 / 2e3, 1), "gb_per_s": 2.0}
+
+
+def test_the_link_of_gpus_goes_by_way_of_the_host_and_by_the_slowest(found, tmp_path):
+    ways = [
+        link("cpu", "cpu", 2.0, 100e-6), link("cuda:0", "cpu", 20.0, 10e-6),
+        link("cpu", "cuda:0", 20.0, 10e-6), link("cuda:1", "cpu", 10.0, 30e-6),
+        link("cpu", "cuda:1", 20.0, 10e-6),
+    ]  # fmt: skip
+    found(gpu(0), gpu(1), links=ways)
+    (node,) = yaml.safe_load(written(tmp_path))["nodes"]
+    assert node["link"]["gb_per_s"] == pytest.approx(1 / (1 / 2 + 1 / 10 + 1 / 20), rel=1e-3)
+    message_us = 28.672 * (1 / 2 + 1 / 10 + 1 / 20)
+    assert node["link"]["latency_us"] == pytest.approx(100 + 30 + 10 - message_us, abs=0.1)
+    found(gpu(0), gpu(1), links=ways[1:])  # from one process to another was not measured
+    assert "link" not in yaml.safe_load(written(tmp_path))["nodes"][0]
 
 
 def test_a_device_without_rates_is_left_out_and_a_comment_says_so(found, tmp_path):
@@ -184,6 +211,7 @@ def test_the_planner_reads_the_inventory(found, tmp_path):
     assert [one.free_bytes for one in read.devices] == [20 * GIB] * 3
     assert [one.type.kind for one in read.devices] == ["gpu", "gpu", "cpu"]
     assert read.devices[0].type.capability == 8.9
+    assert read.devices[0].type.rates.covers({"bf16", "llm_int8"})
 
 
 # -- refusals --------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """When a better plan has become possible."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 from test_placement import device, model, plan_for
@@ -9,6 +10,7 @@ from tightfit.cluster.errors import PlacementError
 from tightfit.cluster.planning.ask import request_of
 from tightfit.cluster.planning.inventory import Device, DeviceType, Inventory
 from tightfit.cluster.planning.plan import Plan
+from tightfit.cluster.planning.rates import Rates
 from tightfit.cluster.replanning import PlanWatch, better_plan
 
 MIB = 2**20
@@ -60,6 +62,16 @@ def test_a_faster_device_is_better():
         device_id="c:0", node="c", type=fast, total_bytes=2**30, free_bytes=200 * MIB, price=1.0
     )
     assert "ms a token on the slowest stage instead of" in better(alone(), device("a", 0), other)
+
+
+def test_times_by_measured_rates_are_not_compared_with_those_of_a_data_sheet():
+    slow = Rates(tuple((name, ((1, 1.0),)) for name in ("int8", "bf16")))
+    plain = device("a", 0)
+    measured = replace(plain, type=replace(plain.type, rates=slow))
+    served = plan_for(measured, pins={})
+    assert served.step_s(1)[0] > 5 * alone().step_s(1)[0]
+    assert better(served, plain) is None
+    assert better(served, measured) is None
 
 
 def test_less_than_what_is_served_is_no_news(served):

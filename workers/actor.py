@@ -21,6 +21,7 @@ import ray
 from tightfit.workers.api import LoadProgress, StageSpec, StageStatus, StepResult
 from tightfit.workers.errors import StageError
 from tightfit.workers.link import Endpoint, Receiver, Sender, StepMessage
+from tightfit.workers.link_keys import LinkKeys
 from tightfit.workers.logs import configure_logs_from_environment
 from tightfit.workers.stage import Stage
 
@@ -32,7 +33,7 @@ STOP_POLL_S = 0.2
 class StageActor:
     """One stage in a process of its own. Calls run on several threads: `run` holds one of them."""
 
-    def __init__(self, spec: StageSpec, run_dir: str, tcp_host: str | None) -> None:
+    def __init__(self, spec: StageSpec, run_dir: str, tcp: bool) -> None:
         configure_logs_from_environment(stage=spec.stage_index)
         self._spec = spec
         self._run_dir = run_dir
@@ -46,12 +47,14 @@ class StageActor:
         self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
         self._stage: Stage | None = None
         self._sender: Sender | None = None
+        self._keys = LinkKeys.new()
         self._receiver = Receiver(
             StepMessage,
             run_dir=run_dir,
             name=f"stage-{spec.stage_index}-{os.getpid()}",
             node_id=self._node_id,
-            tcp_host=tcp_host,
+            tcp_host=ray.util.get_node_ip_address() if tcp else None,  # of this node
+            keys=self._keys,
         )
 
     def endpoint(self) -> Endpoint:
@@ -80,10 +83,12 @@ class StageActor:
         """How far `load` has come; answers while it runs."""
         return self._progress
 
-    def connect(self, onward: Endpoint, epoch: int) -> None:
-        """Send to this receiver from now on, and accept only this epoch."""
+    def connect(self, onward: Endpoint, epoch: int, upstream_key: str) -> None:
+        """Send to this receiver from now on, and accept only this epoch, from the holder of this
+        key."""
         self._loaded().begin_epoch(epoch)
-        self._sender = Sender(onward, node_id=self._node_id)
+        self._receiver.admit(upstream_key)
+        self._sender = Sender(onward, node_id=self._node_id, keys=self._keys)
 
     def status(self) -> StageStatus:
         """What the stage is, holds and has done."""

@@ -138,8 +138,9 @@ class StageSpec:
     """Where the embedding's table is: "device", in the stage's memory, or "host": in the
     checkpoint's file, mapped, of which a step reads the rows that it needs; widened into host
     memory if the file has it quantised."""
-    llm_int8_threshold: float = 6.0
-    """|activation| from which `llm_int8` keeps a feature's column in 16 bits."""
+    llm_int8_threshold: float | None = None
+    """|activation| from which `llm_int8` keeps a feature's column in 16 bits; None: 6.0 in layers
+    as wide as those of a 6.7B model, and all activations in 16 bits in smaller ones."""
     device: str = "cpu"
     """torch device name."""
     planned_device: str = ""
@@ -154,6 +155,10 @@ class StageSpec:
     """Upper bound when `num_kv_blocks` is None."""
     max_batch_tokens: int = 512
     """Most tokens in a micro-batch; sizes the workspace."""
+    max_context: int | None = None
+    """Most tokens of a sequence, likewise; None: the model's limit."""
+    max_sequences: int | None = None
+    """Most sequences in a micro-batch, likewise; None: `max_batch_tokens`."""
     num_threads: int | None = None
     """CPU threads for arithmetic; None: torch's default."""
 
@@ -196,25 +201,110 @@ class LoadProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageMemory:
-    """Bytes of one stage: predicted from shapes, measured from its tensors, RSS from the kernel."""
+    """Bytes of one stage: predicted from shapes before anything was read, measured from its
+    tensors, and from outside: by the kernel on a CPU, by torch's allocator on a GPU."""
 
     predicted_weight_bytes: int
+    """Weights with scales and biases, embedding and LM head included where the stage has them."""
     weight_bytes: int
+    predicted_embedding_bytes: int = 0
+    """Of the weights, what only the first stage has."""
+    embedding_bytes: int = 0
+    predicted_head_bytes: int = 0
+    """Of the weights, what only the last stage has."""
+    head_bytes: int = 0
+    predicted_kv_cache_bytes: int = 0
     kv_cache_bytes: int
     workspace_bytes: int
-    rss_anon_bytes: int
-    budget_bytes: int | None
-    num_kv_blocks: int
-    gpu_bytes: int = 0
-    """What the GPU's allocator has given out to the stage."""
-    host_bytes: int = 0
+    """Predicted, an upper estimate: what the largest step needs besides."""
+    measured_workspace_bytes: int | None = None
+    """By how much memory rose in the largest step, which was rehearsed at load; None: this kernel
+    does not say."""
+    predicted_host_bytes: int = 0
     """Of an embedding that is to be on the host and could not stay in its file. On a CPU device it
     counts against the budget, though not as a weight."""
+    host_bytes: int = 0
+    rss_anon_bytes: int
+    """Anonymous resident memory of the process now, less what it had before the load."""
+    loaded_rss_bytes: int = 0
+    """The same when the load had ended: what it took."""
+    baseline_bytes: int = 0
+    """Anonymous memory that the process had before: Python, torch, Ray. Of no budget."""
+    gpu_bytes: int = 0
+    """What the GPU's allocator has given out to the stage, now."""
+    loaded_gpu_bytes: int = 0
+    """The same when the load had ended; 0 on a CPU device."""
+    context_bytes: int = 0
+    """What of the GPU neither the allocator has nor anyone could take when the load had ended: the
+    context with its kernels, and other processes."""
+    budget_bytes: int | None
+    num_kv_blocks: int
+    block_size: int = 16
+    """Tokens in a KV block."""
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether the stage computes on a GPU."""
+        return self.loaded_gpu_bytes > 0
+
+    @property
+    def predicted_held_bytes(self) -> int:
+        """What the stage keeps on its device, predicted."""
+        host = 0 if self.is_on_gpu else self.predicted_host_bytes
+        return self.predicted_weight_bytes + self.predicted_kv_cache_bytes + host
+
+    @property
+    def held_bytes(self) -> int:
+        """The same, measured from its tensors."""
+        host = 0 if self.is_on_gpu else self.host_bytes
+        return self.weight_bytes + self.kv_cache_bytes + host
+
+    @property
+    def resident_bytes(self) -> int:
+        """The same, measured from outside when the load had ended."""
+        return self.loaded_gpu_bytes if self.is_on_gpu else self.loaded_rss_bytes
 
     @property
     def total_bytes(self) -> int:
-        """What the stage takes; on a CPU device, of its budget."""
-        return self.weight_bytes + self.kv_cache_bytes + self.workspace_bytes + self.host_bytes
+        """What the stage takes of its budget, the largest step included."""
+        return self.held_bytes + self.workspace_bytes
+
+    @property
+    def headroom_bytes(self) -> int | None:
+        """What is left of the budget then; None: there is none."""
+        return None if self.budget_bytes is None else self.budget_bytes - self.total_bytes
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens whose keys and values fit the cache."""
+        return self.num_kv_blocks * self.block_size
+
+    @property
+    def differences(self) -> tuple[str, ...]:
+        """Where prediction and measurement differ by more than they may; empty: nowhere."""
+        found = []
+        # A GPU's graphs and cuBLAS keep some of what is counted as workspace.
+        runtime = self.workspace_bytes if self.is_on_gpu else RUNTIME_BYTES
+        for name, predicted, measured, allowed in (
+            ("tensors", self.predicted_held_bytes, self.held_bytes, 0),
+            ("device memory", self.predicted_held_bytes, self.resident_bytes, runtime),
+        ):
+            limit = max(ALLOWED_DIFFERENCE * predicted, allowed)
+            if abs(measured - predicted) > limit:
+                found.append(f"{name}: {measured:,} bytes, {predicted:,} predicted")
+        measured_workspace = self.measured_workspace_bytes or 0
+        if measured_workspace > self.workspace_bytes:
+            found.append(
+                f"workspace: {measured_workspace:,} bytes, {self.workspace_bytes:,} predicted"
+            )
+        return tuple(found)
+
+
+ALLOWED_DIFFERENCE = 0.02
+"""Between predicted and measured bytes, as a share."""
+RUNTIME_BYTES = 64 * 2**20
+"""What a process takes for threads, compiled kernels and the allocator, whatever the model: beside
+a small one it is more than that share (measured for SmolLM2-135M in every format: 8 to 52 MB)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from tightfit.workers.decoder_config import DecoderConfig, Position
 from tightfit.workers.errors import StageError
 from tightfit.workers.kv_cache import gather_rows
 from tightfit.workers.positions import alibi_slopes, rotary_frequencies, rotary_rows
-from tightfit.workers.shard_bytes import GATHER_ELEMENTS
+from tightfit.workers.workspace import GATHER_ELEMENTS
 
 PADDING_LIMIT = 2
 """Decodes share one gather while the longest context is at most this times the shortest."""
@@ -297,5 +297,6 @@ class BatchBuilder:
         kv_heads = self._config.num_kv_heads
         if self._slopes is None:
             return bias.repeat_interleave(kv_heads, dim=0)[:, None]
-        biased = bias[:, None] + self._slopes[None, :, None] * distance[:, None]  # [B, H, S]
+        biased = self._slopes[None, :, None] * distance[:, None]  # [B, H, S]
+        biased += bias[:, None]  # in place: it is the largest tensor of a step
         return biased.view(len(positions) * kv_heads, -1, padded)

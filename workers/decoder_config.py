@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from tightfit.workers.errors import UnsupportedModelError
 from tightfit.workers.stored import StoredQuantization, StoredScheme, stored_quantization
@@ -40,6 +40,11 @@ class Activation(Enum):
     GELU = "gelu"
     GELU_TANH = "gelu_tanh"
     SILU = "silu"
+
+
+MAX_INTEGER: Final = 2**31 - 1
+MAX_LAYERS: Final = 10_000
+"""More is a config that is damaged or means harm: plans and stages go through all layers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,7 +277,7 @@ class ConfigReader:
     def __init__(self, config: HFConfig) -> None:
         self._config = config
 
-    def integer(self, *keys: str, default: int | None = None) -> int:
+    def integer(self, *keys: str, default: int | None = None, at_most: int = MAX_INTEGER) -> int:
         """The first key that is there, a positive integer."""
         for key in keys:
             value = self._config.get(key)
@@ -281,6 +286,10 @@ class ConfigReader:
             if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
                 raise UnsupportedModelError(
                     f"config.json: {key} is {value!r}, not a positive integer"
+                )
+            if value > at_most:
+                raise UnsupportedModelError(
+                    f"config.json: {key} is over {at_most:,}, which no model has"
                 )
             return value
         if default is None:

@@ -2,9 +2,9 @@
 
 A decode step of a large model is some hundred short kernels for each layer's milliseconds of memory
 traffic: launched one by one from Python, the GPU waits for the host. A graph launches them at once,
-but with the shapes it was captured with. So there is one for each number of tokens out of `SIZES`
-and each longest context, powers of two; a micro-batch takes the smallest that holds it, and what
-is left over is padding, which stores nothing and whose rows are dropped.
+but with the shapes it was captured with. So there is one for each number of tokens out of
+`GRAPH_SIZES` and each longest context, powers of two; a micro-batch takes the smallest that holds
+it, and what is left over is padding, which stores nothing and whose rows are dropped.
 """
 
 from __future__ import annotations
@@ -19,12 +19,7 @@ from torch import Tensor
 from tightfit.kernels.attention_plan import AttentionPlan, FixedSizes
 from tightfit.workers.api import MicroBatch
 from tightfit.workers.batch import BatchBuilder, BatchInputs
-
-SIZES: Final = (1, 2, 4, 8, 16, 32, 64)
-"""Numbers of tokens that graphs are captured for."""
-
-FIRST_CONTEXT: Final = 2048
-"""Longest context of the graphs that are captured before anything is served."""
+from tightfit.workers.workspace import FIRST_CONTEXT, GRAPH_SIZES
 
 NO_SLOT: Final = -1
 """Where padding's keys and values go: nowhere."""
@@ -73,7 +68,7 @@ class DecodeGraphs:
         self._layers, self._builder = layers, builder
         self._hidden_size, self._dtype, self._device = hidden_size, dtype, device
         self._max_position = max_position
-        self._sizes = [size for size in SIZES if size <= max_tokens]
+        self._sizes = [size for size in GRAPH_SIZES if size <= max_tokens]
         self._pool = torch.cuda.graph_pool_handle()
         self._captured: dict[tuple[int, int], _Captured] = {}
 

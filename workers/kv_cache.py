@@ -60,7 +60,7 @@ class KVCache:
         self._num_kv_heads, self._head_dim, self._dtype = num_kv_heads, head_dim, dtype
         self._is_int8 = kv_format is KVFormat.INT8
         # Zeroed: padding of a gathered batch is masked by adding -inf, which a stray NaN would
-        # survive.
+        # survive. And written, so that memory that is not there is missed now.
         shape = (2 * num_kv_heads, num_blocks * block_size, head_dim)
         stored = torch.int8 if self._is_int8 else dtype
         self._layers = [torch.zeros(shape, dtype=stored, device=device) for _ in range(num_layers)]
@@ -76,6 +76,12 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes of all blocks, scales included."""
         return sum(tensor.nbytes for tensor in (*self._layers, *self._scales))
+
+    def clear(self, layer: int) -> None:
+        """Zeros in all blocks of a layer."""
+        self._layers[layer].zero_()
+        if self._is_int8:
+            self._scales[layer].zero_()
 
     def storage(self, layer: int) -> tuple[Tensor, Tensor | None]:
         """A layer's keys and values [2 · KV heads, slots, D], and their scales [2 · KV heads,

@@ -44,7 +44,7 @@ from tightfit.workers.sensitivity import (
     save_sensitivities,
 )
 from tightfit.workers.shard import ShardModel
-from tightfit.workers.shard_bytes import MAX_LOGIT_ROWS
+from tightfit.workers.workspace import MAX_LOGIT_ROWS
 
 VARIANTS_PER_BLOCK: Final = len(BLOCK_ROLES) * len(MIX_FORMATS)
 STATES_DIRECTORY: Final = "measuring.states"

@@ -10,7 +10,6 @@ from functools import partial
 
 from tightfit.kernels.formats import (
     GROUP_SIZES,
-    OUTLIER_THRESHOLD,
     WEIGHT_BITS,
     Format,
     KVFormat,
@@ -67,8 +66,8 @@ class ModelFormats:
     """Input features that share a scale in the blocks' layers; None: each layer has its default."""
     embedding_on_host: bool = False
     """The embedding's table takes nothing of its stage's memory."""
-    outlier_threshold: float = OUTLIER_THRESHOLD
-    """Of `llm_int8`."""
+    outlier_threshold: float | None = None
+    """Of `llm_int8`; None: by the layer, as `quantize_linear` has it."""
     on_gpu: bool = False
     """Weights of 4 and 3 bits lie as a GPU wants them."""
     stored: tuple[Mapping[Role, Scheme], ...] = ()
@@ -107,7 +106,7 @@ def model_formats(
     head: str = AUTO,
     kv: str = AUTO,
     embedding_place: str = "device",
-    outlier_threshold: float = OUTLIER_THRESHOLD,
+    outlier_threshold: float | None = None,
     device: str = "cpu",
 ) -> ModelFormats:
     """The formats that an operator asked for, for a model.
@@ -121,7 +120,7 @@ def model_formats(
             picks every token, and is small beside the layers of a large model.
         kv: a `KVFormat` of integers, or "auto": the activations' dtype.
         embedding_place: "device" or "host", as `StageSpec.embedding_place`.
-        outlier_threshold: of `llm_int8`.
+        outlier_threshold: of `llm_int8`, as `StageSpec.llm_int8_threshold`.
         device: torch device name, as `StageSpec.device`.
 
     Raises:

@@ -22,6 +22,7 @@ from tightfit.workers.probing import cuda
 from tightfit.workers.probing.cache import ProbeCache
 from tightfit.workers.probing.host import host_cores, host_memory, processor_name
 from tightfit.workers.probing.loopback import measure_loopback
+from tightfit.workers.probing.nvml import holders_note
 from tightfit.workers.probing.rates import full_bytes, measure_rates
 from tightfit.workers.probing.result import DeviceProbe, DeviceRates, LinkRate, NodeProbe
 
@@ -125,6 +126,8 @@ class _Run:
         memory = cuda.gpu_memory(index)
         properties = torch.cuda.get_device_properties(index)
         uuid = str(properties.uuid)
+        if (note := holders_note(f"cuda:{index}", uuid)) is not None:
+            self.notes.append(note)
         identity = f"gpu: {uuid}, driver {cuda.driver_version()}, {self._software}"
         measure = partial(cuda.gpu_rates, index, memory.free_bytes)
         is_short = memory.free_bytes < full_bytes(cuda.WIDTHS)

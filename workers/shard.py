@@ -6,6 +6,7 @@ layer at most is in memory at full precision. Weights that several layers share 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -29,10 +30,11 @@ from tightfit.workers.embedding import EmbeddingTable
 from tightfit.workers.errors import CheckpointError, StageError
 from tightfit.workers.gpu_graphs import DecodeGraphs
 from tightfit.workers.kv_cache import KVCache
-from tightfit.workers.model_formats import ModelFormats, Role, model_formats
-from tightfit.workers.shard_bytes import MAX_LOGIT_ROWS, head_is_shared
+from tightfit.workers.model_formats import BLOCK_ROLES, ModelFormats, Role, model_formats
+from tightfit.workers.shard_bytes import head_is_shared
 from tightfit.workers.shard_reader import Progress, ShardReader
 from tightfit.workers.shared_weights import shared_linears
+from tightfit.workers.workspace import MAX_LOGIT_ROWS
 
 
 def spec_formats(config: DecoderConfig, spec: StageSpec) -> ModelFormats:
@@ -56,6 +58,10 @@ def qkv_rows(config: DecoderConfig) -> Tensor | None:
     return torch.arange(3 * heads * size).view(heads, 3, size).transpose(0, 1).flatten()
 
 
+def _sum_bytes(*parts: EmbeddingTable | Tensor | NormLayer | Linear | None) -> int:
+    return sum(part.nbytes for part in parts if part is not None)
+
+
 class ShardModel:
     """The layers of one stage, loaded; made by `load`."""
 
@@ -69,6 +75,8 @@ class ShardModel:
         self._shared: dict[tuple[int, Role], int] = {}
         self.crossover_tokens: dict[str, int] = {}
         self._embedding: EmbeddingTable | None = None
+        self._table_is_copy = False
+        """The embedding is on the host, and could not stay in its file."""
         self._positions: Tensor | None = None
         self._embedding_norm: NormLayer | None = None
         self._project_in: Linear | None = None
@@ -216,7 +224,7 @@ class ShardModel:
         if not self.formats.embedding_on_host:
             tensor = self._own(tensor)
         elif not reader.stays_in_file(name):
-            tensor = self._own(tensor, "cpu")
+            tensor, self._table_is_copy = self._own(tensor, "cpu"), True
         return EmbeddingTable(tensor, dtype=self.dtype, device=self.spec.device)
 
     def _own(self, tensor: Tensor, device: str | None = None) -> Tensor:
@@ -258,15 +266,24 @@ class ShardModel:
     def weight_bytes(self) -> int:
         """Bytes of all weights held; of those that layers share, once."""
         repeated = sum(self._linears[key].nbytes for key in self._shared)
-        parts = (
-            None if self.formats.embedding_on_host else self._embedding, self._positions,
-            self._embedding_norm, self._project_in, self._project_out, self._final_norm, self._head,
-        )  # fmt: skip
-        return (
-            sum(layer.weights.nbytes for layer in self.layers)
-            + sum(p.nbytes for p in parts if p is not None)
-            - repeated
-        )
+        layers = sum(layer.weights.nbytes for layer in self.layers)
+        return layers - repeated + self.embedding_bytes + self.head_bytes
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Of the weights, what only a first stage has."""
+        table = None if self.formats.embedding_on_host else self._embedding
+        return _sum_bytes(table, self._positions, self._embedding_norm, self._project_in)
+
+    @property
+    def head_bytes(self) -> int:
+        """Of the weights, what only a last stage has; a shared head is the embedding's."""
+        return _sum_bytes(self._project_out, self._final_norm, self._head)
+
+    @property
+    def host_bytes(self) -> int:
+        """Of an embedding on the host that is not a view of its file."""
+        return self._embedding.nbytes if self._embedding and self._table_is_copy else 0
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -307,14 +324,33 @@ class ShardModel:
             with torch.inference_mode():
                 self._graphs.capture()
 
+    def clear_kv(self, layers: Sequence[int]) -> None:
+        """Forget what some layers' caches hold."""
+        assert self._cache is not None
+        for layer in layers:
+            self._cache.clear(layer)
+
     # -- computing ---------------------------------------------------------------------------
 
-    def forward(self, batch: MicroBatch, hidden: Tensor | None) -> Tensor:
+    @property
+    def layer_kinds(self) -> tuple[int, ...]:
+        """One layer of each combination of formats, as indices within the shard."""
+        first = self.spec.first_layer
+        kinds: dict[tuple[Format, ...], int] = {}
+        for index in range(len(self.layers)):
+            formats = tuple(self.formats.scheme(role, first + index).format for role in BLOCK_ROLES)
+            kinds.setdefault(formats, index)
+        return tuple(kinds.values())
+
+    def forward(
+        self, batch: MicroBatch, hidden: Tensor | None, *, only: Sequence[int] | None = None
+    ) -> Tensor:
         """Run this shard's layers.
 
         Args:
             batch: T tokens.
             hidden: [T, hidden_size] from the stage before, overwritten; None on the first stage.
+            only: run these layers, without a GPU's graphs; None: all.
         Returns:
             [T, hidden_size] after the last layer held, before any final norm.
         Raises:
@@ -329,13 +365,16 @@ class ShardModel:
             x = hidden
         else:
             raise StageError("a stage that is not the first needs hidden states")
-        if self._graphs is not None and self._graphs.takes(batch):
+        if self._graphs is not None and only is None and self._graphs.takes(batch):
             return self._graphs(batch, x, numbers[1:])
-        return self._run_layers(x, self._builder.build(batch, numbers))
+        return self._run_layers(x, self._builder.build(batch, numbers), only)
 
-    def _run_layers(self, x: Tensor, inputs: BatchInputs) -> Tensor:
+    def _run_layers(
+        self, x: Tensor, inputs: BatchInputs, only: Sequence[int] | None = None
+    ) -> Tensor:
         assert self._cache is not None
-        for layer in self.layers:
+        layers = self.layers if only is None else [self.layers[index] for index in only]
+        for layer in layers:
             x = layer(x, inputs, self._cache)
         return x
 

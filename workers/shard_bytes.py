@@ -7,25 +7,12 @@ from dataclasses import dataclass
 
 from tightfit.kernels.formats import (
     BYTES_PER_ELEMENT,
-    KV_SCALE_BYTES,
     Format,
-    KVFormat,
     kv_vector_bytes,
     linear_bytes,
 )
 from tightfit.workers.decoder_config import DecoderConfig, Norm, Position
 from tightfit.workers.model_formats import BLOCK_ROLES, ModelFormats, Role
-
-MAX_LOGIT_ROWS = 64
-"""Rows of logits in memory at once; more are computed in several goes."""
-GATHER_ELEMENTS = 2**21
-"""Keys and values that decodes gather at a time, in elements: what stays in cache until it is
-multiplied."""
-SCRATCH_ROWS = 4096
-"""Output channels that `kernels.cpu.int8_dequantized` widens at a time."""
-WIDENING_BYTES = 12 * 2**21
-"""What `kernels.cpu.bind_dequantized` takes for a block of 2^21 weights of 3 bits, whose pieces are
-int32 before they are bf16 (measured: 10.8 bytes for each; 4 bits take about 6)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,12 +76,36 @@ def layer_bytes(
     """Weights of one layer, but for those that are `shared`: an earlier layer holds them."""
     return 2 * _norm_bytes(config, formats) + sum(
         _linear_bytes(formats, role, n_out, n_in, layer=layer, bias=bias)
-        for role, n_out, n_in, bias in _layer_shapes(config)
+        for role, n_out, n_in, bias in linear_shapes(config)
         if (layer, role) not in shared
     )
 
 
-def _layer_shapes(config: DecoderConfig) -> tuple[tuple[Role, int, int, bool], ...]:
+def layer_format_bytes(
+    config: DecoderConfig, formats: ModelFormats, layer: int
+) -> dict[Format, int]:
+    """The linear layers' part of `layer_bytes`, by format."""
+    found: dict[Format, int] = {}
+    for role, n_out, n_in, bias in linear_shapes(config):
+        fmt = formats.scheme(role, layer).format
+        size = _linear_bytes(formats, role, n_out, n_in, layer=layer, bias=bias)
+        found[fmt] = found.get(fmt, 0) + size
+    return found
+
+
+def head_format_bytes(config: DecoderConfig, formats: ModelFormats) -> dict[Format, int]:
+    """The linear layers' part of `head_bytes`, by format; shared or not, a step reads them."""
+    shapes = [(Role.HEAD, config.vocab_size, config.embedding_size)]
+    if config.is_projected:
+        shapes.append((Role.PROJECT_OUT, config.embedding_size, config.hidden_size))
+    found: dict[Format, int] = {}
+    for role, n_out, n_in in shapes:
+        fmt = formats.scheme(role).format
+        found[fmt] = found.get(fmt, 0) + _linear_bytes(formats, role, n_out, n_in)
+    return found
+
+
+def linear_shapes(config: DecoderConfig) -> tuple[tuple[Role, int, int, bool], ...]:
     """(role, N, K, has a bias) of a block's linear layers."""
     attn, hidden, mlp = config.num_heads * config.head_dim, config.hidden_size, config.mlp_bias
     return (
@@ -123,7 +134,7 @@ def bits_per_weight(config: DecoderConfig, formats: ModelFormats, layers: Iterab
     padding not."""
     num_bytes = num_weights = 0
     for layer in layers:
-        for role, n_out, n_in, _ in _layer_shapes(config):
+        for role, n_out, n_in, _ in linear_shapes(config):
             scheme = formats.scheme(role, layer)
             num_bytes += linear_bytes(scheme.format, n_out, n_in, group_size=scheme.group_size)
             num_weights += n_out * n_in
@@ -204,29 +215,3 @@ def kv_block_bytes(
     their scales."""
     per_token = 2 * config.num_kv_heads * kv_vector_bytes(formats.kv, config.head_dim)
     return num_layers * block_size * per_token
-
-
-def workspace_bytes(config: DecoderConfig, formats: ModelFormats, max_batch_tokens: int) -> int:
-    """Most bytes of activations, logits and scratch alive at once in a step (an upper estimate)."""
-    widest = max(config.qkv_out, 2 * config.mlp_up_out)
-    activations = max_batch_tokens * (3 * config.hidden_size + widest) * max(4, act_bytes(formats))
-    logits = 3 * MAX_LOGIT_ROWS * config.vocab_size * 4
-    scratch = SCRATCH_ROWS * max(config.hidden_size, config.intermediate_size) * act_bytes(formats)
-    scratch = max(scratch, WIDENING_BYTES)
-    return activations + logits + scratch + attention_bytes(config, formats, max_batch_tokens)
-
-
-def attention_bytes(config: DecoderConfig, formats: ModelFormats, max_batch_tokens: int) -> int:
-    """Workspace of attention: masks of a whole batch, keys and values of one layer as they are
-    written and as they are gathered."""
-    is_alibi = config.position is Position.ALIBI
-    masks = config.num_heads if is_alibi else config.num_heads // config.num_kv_heads
-    mask = max_batch_tokens * config.max_position * (masks * act_bytes(formats) + 2 * 4)
-    per_token = 2 * config.num_kv_heads * config.head_dim
-    gathered = max(GATHER_ELEMENTS, config.max_position * per_token)
-    if formats.kv is not KVFormat.INT8:
-        return mask + gathered * act_bytes(formats)
-    # Gathered as they lie, then widened; rounded in fp32.
-    scales = gathered // config.head_dim * KV_SCALE_BYTES
-    rounded = max_batch_tokens * per_token * (4 + 1)
-    return mask + gathered * (1 + act_bytes(formats)) + scales + rounded

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,22 +20,22 @@ from tightfit.workers.api import (
     StageStatus,
     StepResult,
 )
-from tightfit.workers.checkpoint import Checkpoint, open_checkpoint
+from tightfit.workers.checkpoint import open_checkpoint
 from tightfit.workers.decoder_config import DecoderConfig, decoder_config
-from tightfit.workers.embedding import widened_bytes
-from tightfit.workers.errors import BudgetError, LinkError, StageError
+from tightfit.workers.errors import LinkError, StageError
 from tightfit.workers.link import StepMessage
+from tightfit.workers.rehearsal import largest_batches
 from tightfit.workers.sampler import sample, score
 from tightfit.workers.shard import ShardModel, spec_formats
-from tightfit.workers.shard_bytes import (
-    MAX_LOGIT_ROWS,
-    format_label,
-    gpu_reserve_bytes,
-    kv_block_bytes,
-    shard_bytes,
-    workspace_bytes,
+from tightfit.workers.shard_bytes import format_label
+from tightfit.workers.stage_memory import (
+    MemoryAccount,
+    Predicted,
+    allocated_gpu_bytes,
+    free_gpu_bytes,
+    rss_anon_bytes,
 )
-from tightfit.workers.shared_weights import shared_linears
+from tightfit.workers.workspace import MAX_LOGIT_ROWS
 
 log = logging.getLogger(__name__)
 
@@ -47,20 +45,6 @@ TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 def _raw(rows: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, shared with it."""
     return memoryview(rows.view(torch.uint8).numpy().data).cast("B")
-
-
-def rss_anon_bytes() -> int:
-    """Anonymous resident memory of this process, from the kernel."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise StageError("/proc/self/status has no RssAnon line; Linux 4.5 or later is needed")
-
-
-def free_gpu_bytes(device: str) -> int:
-    """What a stage may take of a GPU: what is free now, less the reserve."""
-    free, total = torch.cuda.mem_get_info(device)
-    return max(0, free - gpu_reserve_bytes(total))
 
 
 class Stage:
@@ -77,100 +61,54 @@ class Stage:
         self.spec = spec
         if spec.num_threads is not None:
             torch.set_num_threads(spec.num_threads)
-        self._budget = spec.memory_budget_bytes
-        if spec.device != "cpu" and self._budget is None:
-            self._budget = free_gpu_bytes(spec.device)
-        base_rss = rss_anon_bytes()
-        self._base_gpu_bytes = self._gpu_bytes()
+        budget = spec.memory_budget_bytes
+        if spec.device != "cpu" and budget is None:
+            budget = free_gpu_bytes(spec.device)
+        base_rss, base_gpu_bytes = rss_anon_bytes(), allocated_gpu_bytes(spec.device)
         checkpoint = open_checkpoint(spec.model_path)
         try:
             self.config = decoder_config(checkpoint.config)
             self._formats = spec_formats(self.config, spec)
-            self._predicted = self._predict_weights(checkpoint)
-            self._host_bytes = widened_bytes(checkpoint, self.config, self._formats, spec)
-            self._workspace = workspace_bytes(self.config, self._formats, spec.max_batch_tokens)
-            num_blocks = self._plan_kv_blocks()
-            self._limit_memory(num_blocks)
+            self._account = MemoryAccount(
+                spec=spec,
+                config=self.config,
+                formats=self._formats,
+                predicted=Predicted.of(checkpoint, self.config, self._formats, spec),
+                base_rss=base_rss,
+                base_gpu_bytes=base_gpu_bytes,
+                budget=budget,
+            )
+            self._account.plan_kv_blocks()
+            self._account.limit()
             self.model = ShardModel.load(checkpoint, self.config, spec, progress=progress)
         finally:
             checkpoint.close()
-        self.model.allocate_kv(num_blocks)
-        self.num_kv_blocks = num_blocks
-        self._base_rss = base_rss
+        del checkpoint  # its header may list a vocabulary
+        self.num_kv_blocks = self._account.num_kv_blocks
+        self.model.allocate_kv(self.num_kv_blocks)
+        self._account.settle(self._rehearse)
         self._dtype = self._formats.activations
         self._epoch = 0
         self._next_step = 0
         self._busy_s = 0.0
         self._started_s = time.monotonic()
 
-    # -- memory ------------------------------------------------------------------------------
-
-    def _predict_weights(self, checkpoint: Checkpoint) -> int:
-        spec = self.spec
-        return shard_bytes(
-            self.config,
-            self._formats,
-            spec.first_layer,
-            spec.end_layer,
-            has_embedding=spec.is_first,
-            has_head=spec.is_last,
-            shared=shared_linears(checkpoint, self.config, self._formats, spec),
-        )
-
-    def _kv_block_bytes(self) -> int:
-        spec = self.spec
-        return kv_block_bytes(
-            self.config, self._formats, spec.end_layer - spec.first_layer, spec.block_size
-        )
-
-    def _plan_kv_blocks(self) -> int:
-        """KV blocks that the budget leaves room for, or that were asked for."""
-        spec, per_block = self.spec, self._kv_block_bytes()
-        wanted = spec.num_kv_blocks or spec.max_kv_blocks
-        if self._budget is None:
-            return wanted
-        weights = self._predicted + (self._host_bytes if spec.device == "cpu" else 0)
-        left = self._budget - weights - self._workspace
-        possible = left // per_block
-        needed = wanted if spec.num_kv_blocks else 1
-        if possible < needed:
-            total = weights + self._workspace + needed * per_block
-            raise BudgetError(
-                f"stage {spec.stage_index} (layers {spec.first_layer}-{spec.end_layer - 1}, "
-                f"{self._format_label}) needs {total:,} bytes: {weights:,} for weights, "
-                f"{self._workspace:,} for workspace, {needed * per_block:,} for {needed} KV "
-                f"block(s); its budget is {self._budget:,}. Give it more memory, "
-                f"add a stage, or choose a smaller format or kv_format"
-            )
-        return min(wanted, possible)
-
-    def _limit_memory(self, num_blocks: int) -> None:
-        """Have allocations far beyond the budget refused: by torch on a GPU, else by the kernel.
-
-        The kernel's limit counts private writable mappings (RLIMIT_DATA), so that a leak fails
-        here, in the process that leaks, rather than by the host's OOM killer in another. One
-        full-precision layer and 300 MB for the allocator and threads are allowed on top while
-        loading.
-        """
-        budget = self._budget
-        if budget is None:
-            return
-        if self.spec.device != "cpu":
-            device = torch.device(self.spec.device)
-            index = torch.cuda.current_device() if device.index is None else device.index
-            allowed = torch.cuda.memory_reserved(index) + budget
-            allowed += self.config.largest_layer_elements * 4
-            _, total = torch.cuda.mem_get_info(index)
-            torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), index)
-            return
-        mapped = next(
-            int(line.split()[1]) * 1024
-            for line in Path("/proc/self/status").read_text().splitlines()
-            if line.startswith("VmData:")
-        )
-        slack = 300 * 2**20 + self.config.largest_layer_elements * 4 * 2
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (mapped + budget + slack, hard))
+    def _rehearse(self) -> None:
+        """Compute the largest micro-batches with one layer of each kind: others take no more at a
+        time. What they leave in the KV cache is wiped."""
+        model, spec = self.model, self.spec
+        dtype = TORCH_DTYPES[self._formats.activations]
+        kinds = model.layer_kinds
+        with torch.inference_mode():
+            for batch in largest_batches(self.config, spec, self.num_kv_blocks):
+                hidden = None
+                if not spec.is_first:
+                    shape = (batch.num_tokens, self.config.hidden_size)
+                    hidden = torch.zeros(shape, dtype=dtype, device=spec.device)
+                rows = model.forward(batch, hidden, only=kinds)
+                if spec.is_last:
+                    finish_step(model, batch, rows)
+            model.clear_kv(kinds)
 
     @property
     def _format_label(self) -> str:
@@ -179,20 +117,7 @@ class Stage:
 
     def memory(self) -> StageMemory:
         """Predicted and measured bytes of this stage."""
-        return StageMemory(
-            predicted_weight_bytes=self._predicted,
-            weight_bytes=self.model.weight_bytes,
-            kv_cache_bytes=self.model.kv_cache_bytes,
-            workspace_bytes=self._workspace,
-            rss_anon_bytes=max(0, rss_anon_bytes() - self._base_rss),
-            budget_bytes=self._budget,
-            num_kv_blocks=self.num_kv_blocks,
-            gpu_bytes=self._gpu_bytes() - self._base_gpu_bytes,
-            host_bytes=self._host_bytes,
-        )
-
-    def _gpu_bytes(self) -> int:
-        return 0 if self.spec.device == "cpu" else torch.cuda.memory_allocated(self.spec.device)
+        return self._account.report(self.model)
 
     def status(self, *, node_id: str) -> StageStatus:
         """What this stage is, holds and has done."""
@@ -340,4 +265,4 @@ def _scores(model: ShardModel, rows: Tensor, targets: list[int]) -> list[float]:
     return scores
 
 
-__all__ = ["DecoderConfig", "Stage", "finish_step", "rss_anon_bytes"]
+__all__ = ["DecoderConfig", "Stage", "finish_step"]

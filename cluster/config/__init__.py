@@ -6,12 +6,14 @@ one. A new setting is one field in the file of its section.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tightfit.cluster.config.addresses import split_address
+from tightfit.cluster.config.chart import num_replicas, read_values, section
 from tightfit.cluster.config.client import ClientConfig
 from tightfit.cluster.config.plan import PlanConfig
 from tightfit.cluster.config.probe import ProbeConfig
@@ -75,12 +77,25 @@ def start_plan_config(file: Mapping[str, Values], serve: ServeConfig) -> PlanCon
     Raises:
         ConfigError: see `build`; or the section says what is the service's to say.
     """
-    section = file.get("plan", {})
+    devices = {"live": True, "device": serve.device, "cpu_budget": serve.memory_budget_bytes}
+    config = build(PlanConfig, "plan", _as_served(file.get("plan", {}), serve, devices))
+    if config.num_replicas != 1:
+        raise ConfigError(
+            f"plan.replicas: {config.replicas} are planned, and a service is one pipeline: leave "
+            "it out, and start a service for each plan that `tightfit plan --replicas` writes"
+        )
+    return config
+
+
+def _as_served(section: Values, serve: ServeConfig, devices: Values) -> dict[str, object]:
+    """Settings of a plan for what `serve` says, on `devices`, where the section leaves them open.
+
+    Raises:
+        ConfigError: the section says what is the service's to say.
+    """
     ours: dict[str, object] = {
         "model": serve.model,
-        "live": True,
-        "device": serve.device,
-        "cpu_budget": serve.memory_budget_bytes,
+        **devices,
         "block_size": serve.block_size,
         "max_batch_tokens": serve.max_batch_tokens,
         "head_format": serve.head_format,
@@ -100,7 +115,27 @@ def start_plan_config(file: Mapping[str, Values], serve: ServeConfig) -> PlanCon
         ours.setdefault("formats", AUTO)
     if "kv_formats" not in section:
         ours.setdefault("kv_formats", AUTO)
-    return build(PlanConfig, "plan", {**section, **ours})
+    return {**section, **ours}
+
+
+def _of_chart(paths: str) -> dict[str, object]:
+    """Settings of a plan for what the Helm chart would install with these values.
+
+    Raises:
+        ConfigError: see `build`.
+    """
+    values = read_values(paths)
+    check = section(values, "planCheck")
+    serve = build(ServeConfig, "serve", {"model": "", **section(values, "serve")})
+    model = check.get("model") or serve.model
+    if not model:
+        raise ConfigError("serve.model is missing. It is: what is to be served")
+    if serve.stages is not None and serve.embedding_place == AUTO:
+        serve = dataclasses.replace(serve, embedding_place="device")
+    devices: dict[str, object] = {"values": paths, "replicas": str(num_replicas(values))}
+    if serve.stages is not None:
+        devices["max_devices"] = serve.stages
+    return {**_as_served(section(values, "plan"), serve, devices), "model": model}
 
 
 def client_config(file: Mapping[str, Values], flags: Values | None = None) -> ClientConfig:
@@ -126,12 +161,16 @@ def quantize_config(file: Mapping[str, Values], flags: Values | None = None) -> 
 
 
 def plan_config(file: Mapping[str, Values], flags: Values | None = None) -> PlanConfig:
-    """What to plan: `flags` (by key) over the file's `plan` section.
+    """What to plan: `flags` (by key) over the file's `plan` section, and both over the chart's
+    values, if they name any.
 
     Raises:
         ConfigError: see `build`.
     """
-    return build(PlanConfig, "plan", {**file.get("plan", {}), **(flags or {})})
+    given = {**file.get("plan", {}), **(flags or {})}
+    if isinstance(values := given.get("values"), str):
+        given = {**_of_chart(values), **given}
+    return build(PlanConfig, "plan", given)
 
 
 def probe_config(file: Mapping[str, Values], flags: Values | None = None) -> ProbeConfig:

@@ -49,6 +49,38 @@ def _pins(text: str) -> dict[str, tuple[int, int]]:
     return pins
 
 
+MAX_REPLICAS = 64
+
+
+def _replicas(text: str) -> int | None:
+    if text == "max":
+        return None
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_REPLICAS:
+        raise ValueError(f"{text!r} is neither max nor a number from 1 to {MAX_REPLICAS}")
+    return int(text)
+
+
+LOAD = {"streams": 16, "prompt": 128, "output": 128, "requests": 0}
+"""What a simulated load is unless told otherwise; of requests, as many as streams."""
+MAX_LOAD_TOKENS = 1_000_000
+
+
+def _load(text: str) -> dict[str, int]:
+    load = dict(LOAD)
+    for word in _words(text):
+        name, _, number = word.partition("=")
+        if name not in load or not number.isdecimal() or not 1 <= int(number) <= MAX_LOAD_TOKENS:
+            raise ValueError(
+                f"{word!r} is not like streams=16 (known: {', '.join(load)}; 1 to "
+                f"{MAX_LOAD_TOKENS:,})"
+            )
+        load[name] = int(number)
+    load["requests"] = load["requests"] or load["streams"]
+    if load["requests"] * (load["prompt"] + load["output"]) > MAX_LOAD_TOKENS:
+        raise ValueError(f"{text!r} is of more than {MAX_LOAD_TOKENS:,} tokens in all")
+    return load
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanConfig:
     """Everything that `tightfit plan` can be told."""
@@ -60,6 +92,13 @@ class PlanConfig:
     inventory: Annotated[
         str | None,
         Option("File of devices, or name of one in configs/inventories."),
+    ] = None
+    values: Annotated[
+        str | None,
+        Option(
+            "Instead of an inventory: values of the Helm chart, several files separated by commas "
+            "as helm's --values; what they serve is planned on their pools."
+        ),
     ] = None
     live: Annotated[
         bool, Option("Instead of an inventory: the devices that are there, measured now.")
@@ -165,6 +204,22 @@ class PlanConfig:
     ] = None
     block_size: Annotated[int, Option("Tokens in a KV block.", at_least=1)] = 16
     max_batch_tokens: Annotated[int, Option("Most tokens in one micro-batch.", at_least=1)] = 512
+    replicas: Annotated[
+        str,
+        Option(
+            "Pipelines, each with the whole model on devices of its own: so many, or max; "
+            "max_devices and max_cost are for each.",
+            check=_replicas,
+        ),
+    ] = "1"
+    simulate: Annotated[
+        str | None,
+        Option(
+            "Load to serve by the plan in simulated time, such as "
+            "streams=16,prompt=128,output=128,requests=64; any may be left out.",
+            check=_load,
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         """Raises ConfigError where settings do not go together."""
@@ -174,13 +229,15 @@ class PlanConfig:
             raise ConfigError(
                 "plan.sensitivity mixes formats itself: leave plan.formats and plan.mixed out"
             )
-        if self.inventory is None and not self.live:
+        sources = {"inventory": self.inventory, "values": self.values, "live": self.live or None}
+        given = [f"plan.{name}" for name, value in sources.items() if value is not None]
+        if not given:
             raise ConfigError(
                 "plan.inventory is missing: the file that lists the devices; or measure those that "
                 "are there with --live"
             )
-        if self.inventory is not None and self.live:
-            raise ConfigError("plan.inventory and plan.live exclude each other: give one of them")
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)} exclude each other: give one of them")
         if not self.live and (self.ray_address or self.cpu_budget_bytes or self.device != AUTO):
             raise ConfigError(
                 "plan.ray_address, plan.device and plan.cpu_budget are for plan.live: an inventory "
@@ -196,6 +253,16 @@ class PlanConfig:
     def kv_format_names(self) -> tuple[str, ...]:
         """At least one."""
         return _kv_formats(self.kv_formats)
+
+    @property
+    def num_replicas(self) -> int | None:
+        """None: as many as possible."""
+        return _replicas(self.replicas)
+
+    @property
+    def load(self) -> dict[str, int] | None:
+        """Streams, requests, and prompt and output tokens of each."""
+        return None if self.simulate is None else _load(self.simulate)
 
     @property
     def excluded(self) -> frozenset[str]:

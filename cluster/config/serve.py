@@ -15,7 +15,7 @@ from tightfit.cluster.config.addresses import (
 from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.hub import parse_hub_name
 from tightfit.cluster.settings import Option
-from tightfit.kernels.formats import OUTLIER_THRESHOLD, SUPPORTED_FORMATS, KVFormat
+from tightfit.kernels.formats import SUPPORTED_FORMATS, KVFormat
 from tightfit.workers.model_formats import AUTO
 
 PLACEMENT_STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
@@ -45,13 +45,14 @@ class ServeConfig:
         ),
     ] = AUTO
     llm_int8_threshold: Annotated[
-        float,
+        float | None,
         Option(
             "Size of an activation from which llm_int8 keeps its feature in 16 bits; lower is more "
-            "exact and slower.",
+            "exact and slower. By default 6 in layers at least 4096 wide, and all features of "
+            "smaller ones.",
             at_least=0,
         ),
-    ] = OUTLIER_THRESHOLD
+    ] = None
     kv_format: Annotated[
         str,
         Option(
@@ -198,6 +199,13 @@ class ServeConfig:
         str | None,
         Option('Ray cluster to join: "auto" or host:port; default: a private one, here.'),
     ] = None
+    ray_join: Annotated[
+        bool,
+        Option(
+            "Make this machine a node of the cluster at ray_address first, one without room for "
+            "stages; it leaves again at the end."
+        ),
+    ] = False
     ray_strategy: Annotated[
         str, Option("How Ray places stages on nodes.", choices=PLACEMENT_STRATEGIES)
     ] = "PACK"

@@ -14,7 +14,7 @@ from tightfit.cluster.engine import DeploymentStatus, ModelInfo
 from tightfit.cluster.errors import InvalidRequestError, ModelNotFoundError
 from tightfit.cluster.request import FinishReason, SamplingParams, TokenEvent
 from tightfit.v1 import cluster_pb2, common_pb2, inference_pb2
-from tightfit.workers.api import StageStatus
+from tightfit.workers.api import StageMemory, StageStatus
 
 DEFAULT_MAX_TOKENS = 128
 MAX_REQUEST_ID = 128
@@ -230,7 +230,6 @@ def model_response(model: ModelInfo, *, has_chat_template: bool) -> inference_pb
 
 
 def _stage(status: StageStatus) -> cluster_pb2.Stage:
-    memory = status.memory
     return cluster_pb2.Stage(
         index=status.stage_index,
         first_layer=status.first_layer,
@@ -244,15 +243,35 @@ def _stage(status: StageStatus) -> cluster_pb2.Stage:
         epoch=status.epoch,
         steps=status.steps,
         busy_share=min(1.0, status.busy_s / status.uptime_s) if status.uptime_s > 0 else 0.0,
-        memory=cluster_pb2.StageMemory(
-            predicted_weight_bytes=memory.predicted_weight_bytes,
-            weight_bytes=memory.weight_bytes,
-            kv_cache_bytes=memory.kv_cache_bytes,
-            workspace_bytes=memory.workspace_bytes,
-            rss_anon_bytes=memory.rss_anon_bytes,
-            budget_bytes=memory.budget_bytes or 0,
-            gpu_bytes=memory.gpu_bytes,
-        ),
+        memory=_memory(status.memory),
+    )
+
+
+def _memory(memory: StageMemory) -> cluster_pb2.StageMemory:
+    return cluster_pb2.StageMemory(
+        predicted_weight_bytes=memory.predicted_weight_bytes,
+        weight_bytes=memory.weight_bytes,
+        kv_cache_bytes=memory.kv_cache_bytes,
+        workspace_bytes=memory.workspace_bytes,
+        rss_anon_bytes=memory.rss_anon_bytes,
+        budget_bytes=memory.budget_bytes or 0,
+        gpu_bytes=memory.gpu_bytes,
+        predicted_embedding_bytes=memory.predicted_embedding_bytes,
+        embedding_bytes=memory.embedding_bytes,
+        predicted_head_bytes=memory.predicted_head_bytes,
+        head_bytes=memory.head_bytes,
+        predicted_kv_cache_bytes=memory.predicted_kv_cache_bytes,
+        predicted_host_bytes=memory.predicted_host_bytes,
+        host_bytes=memory.host_bytes,
+        measured_workspace_bytes=memory.measured_workspace_bytes,
+        predicted_held_bytes=memory.predicted_held_bytes,
+        held_bytes=memory.held_bytes,
+        resident_bytes=memory.resident_bytes,
+        baseline_bytes=memory.baseline_bytes,
+        context_bytes=memory.context_bytes,
+        headroom_bytes=memory.headroom_bytes,
+        kv_tokens=memory.kv_tokens,
+        differences=memory.differences,
     )
 
 

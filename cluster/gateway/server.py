@@ -23,6 +23,9 @@ from tightfit.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_serve
 
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 CLUSTER = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name
+LIVENESS = "liveness"
+"""A name that health checks may ask for: whether this process is of use, or has to be started
+again."""
 HEALTH_POLL_S = 0.25
 STOP_GRACE_S = 1.0
 MAX_REQUEST_BYTES = 4 * 2**20
@@ -33,9 +36,10 @@ OPTIONS = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_ping_strikes", 3),
+    ("grpc.server_handshake_timeout_ms", 10_000),  # for TLS, and for HTTP/2's first frames
     ("grpc.so_reuseport", 0),  # a second service on the port is an error, not a coin toss
 )
-HEALTH_OPTIONS = (*OPTIONS[1:], ("grpc.max_receive_message_length", 4096))
+HEALTH_OPTIONS = (("grpc.max_receive_message_length", 4096), *OPTIONS[1:])
 MAX_PROBES = 64
 """Health checks and watches at once on the port for them."""
 
@@ -167,5 +171,7 @@ class GatewayServer:
         state = status.SERVING if serving else status.NOT_SERVING
         for service in ("", INFERENCE):
             await self._health.set(service, state)
+        lost = self._engine.health in ("failed", "stalled")
+        await self._health.set(LIVENESS, status.NOT_SERVING if lost else status.SERVING)
         # The cluster's state can be asked even when nothing is served.
         await self._health.set(CLUSTER, status.SERVING)

@@ -48,15 +48,8 @@ _START = _State(0, False, False, 0)
 class Alike(Packer):
     """Layers of one size, none pinned."""
 
-    def __init__(
-        self,
-        parts: Parts,
-        classes: Sequence[DeviceClass],
-        wanted: Sequence[int],
-        *,
-        read_blocks: int,
-    ) -> None:
-        super().__init__(parts, classes, wanted, read_blocks=read_blocks)
+    def __init__(self, parts: Parts, classes: Sequence[DeviceClass], wanted: Sequence[int]) -> None:
+        super().__init__(parts, classes, wanted)
         self._slots = list(self._all_slots())
 
     def most_better(self, blocks: int, limit_ns: int | None = None) -> int | None:

@@ -31,24 +31,19 @@ class _Step(NamedTuple):
 class ByState(Packer):
     """Whatever the layers are like, and with pinned ones; there may be many states."""
 
-    def __init__(
-        self,
-        parts: Parts,
-        classes: Sequence[DeviceClass],
-        wanted: Sequence[int],
-        *,
-        read_blocks: int,
-    ) -> None:
-        super().__init__(parts, classes, wanted, read_blocks=read_blocks)
+    def __init__(self, parts: Parts, classes: Sequence[DeviceClass], wanted: Sequence[int]) -> None:
+        super().__init__(parts, classes, wanted)
         self._pinned = sorted(c.only for c in classes if c.only is not None)
         self._states = list(_states(classes, wanted))
         self._in_use = [sum(state) for state in self._states]
         index = {state: number for number, state in enumerate(self._states)}
         self._steps = [list(_steps(state, index)) for state in self._states]
         self._finals = [n for n, used in enumerate(self._in_use) if used == self.num_stages]
+        self._lesser_is_faster = all(more >= 0 for more in self.better_ns)
 
     def most_better(self, blocks: int, limit_ns: int | None = None) -> int | None:
-        if not self._pinned and self._reach(blocks, limit_ns) < self.num_layers:
+        limited_ns = limit_ns if self._lesser_is_faster else None
+        if not self._pinned and self._reach(blocks, limited_ns) < self.num_layers:
             return None
         if not self._pinned and not self.parts.step:
             return 0
@@ -57,7 +52,8 @@ class ByState(Packer):
         return max(found, default=None)
 
     def fits(self, blocks: int, num_better: int, limit_ns: int | None = None) -> bool:
-        if num_better == 0 and not self._pinned:
+        is_plain = limit_ns is None or self._lesser_is_faster
+        if num_better == 0 and not self._pinned and is_plain:
             return self._reach(blocks, limit_ns) >= self.num_layers
         return super().fits(blocks, num_better, limit_ns)
 
@@ -83,7 +79,6 @@ class ByState(Packer):
         """One past the furthest layer that any choice of devices reaches."""
         per_layer = blocks * self.parts.kv_block
         held = [up_to + per_layer * k for k, up_to in enumerate(self.up_to)]
-        read = [up_to + self.read_kv * k for k, up_to in enumerate(self.up_to)]
         reach = [0] * len(self._states)
         for number, steps in enumerate(self._steps):
             for device_class, before in steps:
@@ -95,7 +90,8 @@ class ByState(Packer):
                 room = held[first] + device.room - (0 if first else self.parts.embedding)
                 end = bisect_right(held, room) - 1
                 if limit_ns is not None:
-                    end = min(end, bisect_right(read, read[first] + limit_ns * device.gb_per_s) - 1)
+                    ns = self.ns_up_to[device_class]
+                    end = min(end, bisect_right(ns, ns[first] + limit_ns) - 1)
                 # The last layer comes with the head.
                 if end == self.num_layers and not self._holds_end(
                     device_class, first, blocks, limit_ns

@@ -4,9 +4,16 @@
 reserve: tight                     # or safe; see `memory.Reserve`
 types:                             # kinds that configs/devices.yaml does not have, if any
   my-gpu: {memory: 20GiB, gb_per_s: 500, fp16_tflops: 60, int8_tops: 120, price: 0.5, watts: 200}
-nodes:
+  probed:                          # `tightfit probe --out` writes such
+    memory: 20GiB
+    ...
+    rates:                         # GB/s of weights that linear layers get through, by tokens
+      int8: {1: 410, 64: 380}
+between_nodes: {latency_us: 90, gb_per_s: 3}   # links from stage to stage; left out: they take no
+nodes:                                         # time
   - name: pool                     # pool-0, pool-1, pool-2
     count: 3
+    link: {latency_us: 40, gb_per_s: 12}       # between this node's devices
     devices:
       - {type: a100-80, count: 7}
       - {type: a100-80, free: 41GiB, price: 3.1}
@@ -16,13 +23,14 @@ nodes:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import tightfit
 from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.planning.memory import DEVICE_CONTEXT_BYTES, Reserve, usable_bytes
+from tightfit.cluster.planning.rates import NO_RATES, Curve, Link, Rates
 from tightfit.cluster.settings import (
     Option,
     Values,
@@ -31,8 +39,10 @@ from tightfit.cluster.settings import (
     read_yaml,
     refuse_unknown,
     settings,
+    shown,
 )
 from tightfit.cluster.units import format_bytes
+from tightfit.kernels.formats import SUPPORTED_FORMATS
 
 CONFIGS = Path(tightfit.__file__).parent / "configs"
 """Devices, models and inventories that come with the package."""
@@ -42,7 +52,7 @@ KINDS = ("gpu", "cpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceType:
+class DeviceSheet:
     """A kind of device, by its data sheet."""
 
     name: Annotated[str, Option("Name of the type.")]
@@ -63,6 +73,15 @@ class DeviceType:
     price: Annotated[float, Option("US dollars an hour.", at_least=0, at_most=100_000)]
     watts: Annotated[float, Option("Power limit.", at_least=0, at_most=1_000_000)]
     capability: Annotated[float | None, Option("CUDA capability.", at_least=1, at_most=1000)] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceType(DeviceSheet):
+    """A kind of device, and what was measured on it."""
+
+    rates: Rates = NO_RATES
+    """Of its linear layers; they go before the data sheet where all formats of a model are
+    there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +107,14 @@ class Inventory:
 
     devices: tuple[Device, ...]
     reserve: Reserve = Reserve.TIGHT
+    within_node: Mapping[str, Link] = field(default_factory=dict)
+    """Node → link between its devices, where it is known."""
+    between_nodes: Link | None = None
+
+    def link(self, one: str, other: str) -> Link:
+        """Between devices of two nodes, or of one; takes no time where it is not known."""
+        known = self.within_node.get(one) if one == other else self.between_nodes
+        return known or Link()
 
     def usable(self, device: Device) -> int:
         """Bytes of a device for weights, KV cache and workspace."""
@@ -160,17 +187,19 @@ def parse_inventory(
         ConfigError: a field is missing, unknown or absurd.
     """
     try:
-        refuse_unknown(tree, ("reserve", "types", "nodes"), "inventory")
+        refuse_unknown(tree, ("reserve", "types", "between_nodes", "nodes"), "inventory")
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     known = dict(read_device_types() if types is None else types)
     known |= _types(as_mapping(tree.get("types"), f"{path}: types"), f"{path}: types")
     devices: list[Device] = []
     nodes: set[str] = set()
+    links: dict[str, Link] = {}
     for number, values in enumerate(_sequence(tree.get("nodes"), f"{path}: nodes")):
         where = f"{path}: nodes[{number}]"
         tree_of_pool = as_mapping(values, where)
         lots = list(_lots(tree_of_pool.pop("devices", None), known, where))
+        link = _link(tree_of_pool.pop("link", None), f"{where}.link")
         pool = _section(_Pool, tree_of_pool, where)
         names = [pool.name] if pool.count == 1 else [f"{pool.name}-{i}" for i in range(pool.count)]
         if len(devices) + pool.count * sum(lot.count for lot, _ in lots) > MAX_DEVICES:
@@ -180,9 +209,16 @@ def parse_inventory(
                 raise ConfigError(f"{where}: there are two nodes called {name!r}")
             nodes.add(name)
             devices += _node(name, lots)
+            if link is not None:
+                links[name] = link
     if not devices:
         raise ConfigError(f"{path}: lists no device")
-    return Inventory(devices=tuple(devices), reserve=_reserve(tree.get("reserve"), path))
+    return Inventory(
+        devices=tuple(devices),
+        reserve=_reserve(tree.get("reserve"), path),
+        within_node=links,
+        between_nodes=_link(tree.get("between_nodes"), f"{path}: between_nodes"),
+    )
 
 
 def _types(tree: Values, where: str) -> dict[str, DeviceType]:
@@ -191,7 +227,39 @@ def _types(tree: Values, where: str) -> dict[str, DeviceType]:
         fields = as_mapping(values, f"{where}: {name}")
         if "name" in fields:
             raise ConfigError(f"{where}: {name}.name is not a setting: the key is its name")
-        found[name] = _section(DeviceType, {"name": name, **fields}, f"{where}: {name}")
+        rates = _rates(fields.pop("rates", None), f"{where}: {name}.rates")
+        sheet = _section(DeviceSheet, {"name": name, **fields}, f"{where}: {name}")
+        found[name] = DeviceType(**asdict(sheet), rates=rates)
+    return found
+
+
+def _rates(value: object, where: str) -> Rates:
+    """GB/s by tokens, by format, as seconds for a GB."""
+    found = []
+    for name, values in as_mapping(value, where).items():
+        if name not in SUPPORTED_FORMATS:
+            raise ConfigError(f"{where}: {name!r} is not one of {', '.join(SUPPORTED_FORMATS)}")
+        found.append((name, _curve(values, f"{where}.{name}")))
+    return Rates(tuple(sorted(found)))
+
+
+def _curve(values: object, where: str) -> Curve:
+    points = []
+    for tokens, gb_per_s in values.items() if isinstance(values, dict) else ():
+        is_number = isinstance(gb_per_s, int | float) and not isinstance(gb_per_s, bool)
+        if type(tokens) is not int or tokens < 1 or not is_number or not 1e-6 <= gb_per_s <= 1e6:
+            raise ConfigError(
+                f"{where}: {tokens!r}: {gb_per_s!r} is not a number of tokens and GB/s, at most "
+                "1,000,000"
+            )
+        points.append((tokens, 1 / gb_per_s))
+    if not points:
+        raise ConfigError(f"{where}: expected GB/s by number of tokens, found {values!r}")
+    return tuple(sorted(points))
+
+
+def _link(value: object, where: str) -> Link | None:
+    found: Link | None = None if value is None else _section(Link, as_mapping(value, where), where)
     return found
 
 
@@ -202,7 +270,7 @@ def _section(kind: type[Any], values: Values, where: str) -> Any:
 
 def _sequence(value: object, where: str) -> list[object]:
     if not isinstance(value, list):
-        raise ConfigError(f"{where}: expected a list (`- …` lines), found {value!r}")
+        raise ConfigError(f"{where}: expected a list (`- …` lines), found {shown(value)}")
     return value
 
 
@@ -251,4 +319,6 @@ def _reserve(value: object, path: str) -> Reserve:
         return Reserve(str(value))
     except ValueError:
         known = ", ".join(Reserve)
-        raise ConfigError(f"{path}: inventory.reserve: {value!r} is not one of {known}") from None
+        raise ConfigError(
+            f"{path}: inventory.reserve: {shown(value)} is not one of {known}"
+        ) from None

@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from tightfit.cluster.planning.memory import Parts
+from tightfit.cluster.planning.pace import Pace
 
 
 class DeviceClass(NamedTuple):
@@ -17,8 +18,9 @@ class DeviceClass(NamedTuple):
     """Of each group a given number of devices is used, of whatever class."""
     room: int
     """Bytes for weights and KV blocks."""
-    gb_per_s: int
     number: int
+    pace: Pace | None = None
+    """None where times do not count."""
     only: tuple[int, int] | None = None
     """(First layer, one past the last) that it has to hold; None: any."""
 
@@ -43,25 +45,23 @@ class Packer(ABC):
 
     Args:
         parts: the model's.
-        classes: of devices.
+        classes: of devices; with their pace, if times are asked for.
         wanted: devices of each group, each of which holds at least one layer.
-        read_blocks: KV blocks that a step reads at full load.
     """
 
-    def __init__(
-        self,
-        parts: Parts,
-        classes: Sequence[DeviceClass],
-        wanted: Sequence[int],
-        *,
-        read_blocks: int,
-    ) -> None:
+    def __init__(self, parts: Parts, classes: Sequence[DeviceClass], wanted: Sequence[int]) -> None:
         self.parts, self.classes, self.wanted = parts, classes, wanted
         self.num_layers, self.num_stages = len(parts.layers), sum(wanted)
         self.up_to = [0, *accumulate(parts.layers)]
         """Bytes of all layers before each."""
-        self.read_kv = read_blocks * parts.kv_block
-        """Bytes of keys and values that a step reads of each layer."""
+        self.ns_up_to = [
+            [] if one.pace is None else self._layer_ns(one.pace) for one in self.classes
+        ]
+        """For each class, nanoseconds in which it reads all layers before each, all of them in the
+        lesser format."""
+        self.better_ns = [_better_ns(one.pace) for one in self.classes]
+        """For each class, what a layer takes longer in the better format; negative where fewer bits
+        are slower."""
 
     # -- what a search answers ---------------------------------------------------------------
 
@@ -90,10 +90,19 @@ class Packer(ABC):
 
     # -- bytes and times ---------------------------------------------------------------------
 
+    def _layer_ns(self, pace: Pace) -> list[int]:
+        return [0, *accumulate(pace.layers[kind] for kind in self.parts.kind)]
+
     def stage_ns(self, run: Run) -> int:
         """Nanoseconds in which a stage's device reads what a step needs at full load."""
-        read = self.read_bytes(run) + self.read_kv * (run.end - run.first)
-        return -(-read // self.classes[run.device_class].gb_per_s)
+        lesser = self._lesser_ns(run.device_class, run.first, run.end)
+        return lesser + run.num_better * self.better_ns[run.device_class]
+
+    def _lesser_ns(self, device_class: int, first: int, end: int) -> int:
+        """With all its layers in the lesser format."""
+        up_to, pace = self.ns_up_to[device_class], self.classes[device_class].pace
+        head = pace.head if pace is not None and end == self.num_layers else 0
+        return up_to[end] - up_to[first] + head
 
     def spare_blocks(self, run: Run) -> int:
         """KV blocks for which a stage has room."""
@@ -131,11 +140,6 @@ class Packer(ABC):
             total += parts.lone_head if first == 0 else parts.head
         return total
 
-    def _read_bytes(self, first: int, end: int) -> int:
-        """In a step, by a stage with all its layers in the lesser format."""
-        total = self.up_to[end] - self.up_to[first] + self.read_kv * (end - first)
-        return total + (self.parts.head if end == self.num_layers else 0)
-
     def most_on_stage(
         self, device_class: int, first: int, end: int, blocks: int, limit_ns: int | None
     ) -> int | None:
@@ -144,8 +148,20 @@ class Packer(ABC):
         if device.only is not None and device.only != (first, end):
             return None
         left = device.room - self.held_bytes(first, end, blocks)
-        if limit_ns is not None:
-            left = min(left, limit_ns * device.gb_per_s - self._read_bytes(first, end))
         if left < 0:
             return None
-        return min(end - first, left // self.parts.step) if self.parts.step else 0
+        most = min(end - first, left // self.parts.step) if self.parts.step else 0
+        if limit_ns is None:
+            return most
+        left_ns = limit_ns - self._lesser_ns(device_class, first, end)
+        each_ns = self.better_ns[device_class]
+        if each_ns > 0:
+            most = min(most, left_ns // each_ns)
+        # Where the better format is the faster one, as many as there is room for take least time.
+        return most if most >= 0 and most * each_ns <= left_ns else None
+
+
+def _better_ns(pace: Pace | None) -> int:
+    if pace is None or not pace.better:
+        return 0
+    return pace.better[0] - pace.layers[0]  # two formats go with one kind of layers

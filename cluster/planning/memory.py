@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from tightfit.cluster.errors import PlacementError
 from tightfit.cluster.planning.split import split_layers
 from tightfit.cluster.units import format_bytes
+from tightfit.kernels.formats import Format
 from tightfit.workers.decoder_config import DecoderConfig
 from tightfit.workers.model_formats import ModelFormats
 from tightfit.workers.shard_bytes import (
     gpu_reserve_bytes,
     head_bytes,
+    head_format_bytes,
     kv_block_bytes,
+    layer_format_bytes,
     model_bytes,
     shard_bytes,
-    workspace_bytes,
 )
+from tightfit.workers.workspace import workspace_bytes
 
 DEVICE_CONTEXT_BYTES = 512 * 2**20
 """Of a CUDA context with our kernels loaded: what a GPU that nobody uses has less than its total,
@@ -90,12 +95,34 @@ def stage_bytes(
     )
 
 
+class Reads(NamedTuple):
+    """What a step reads of a part's weights."""
+
+    linears: tuple[tuple[str, int], ...]
+    """(Format, bytes) of its linear layers, by format."""
+    other: int
+    """Bytes of norms."""
+
+    @property
+    def total(self) -> int:
+        """Bytes of everything."""
+        return self.other + sum(size for _, size in self.linears)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
     """What a model's parts take, each in its format: what the planner lays over devices."""
 
     layers: tuple[int, ...]
     """Weights of each layer, in the lesser of two formats if there are two."""
+    kinds: tuple[Reads, ...]
+    """The same by formats: layers that are alike are one kind."""
+    kind: tuple[int, ...]
+    """Of each layer, its index."""
+    better_kinds: tuple[Reads, ...] = ()
+    """The kinds in the better format, where there are two."""
+    head_reads: Reads
+    """Of the head."""
     step: int = 0
     """What any layer takes more in the better format; 0: there is one format."""
     embedding: int
@@ -107,7 +134,7 @@ class Parts:
     kv_block: int
     """One KV block of one layer."""
     workspace: int
-    """On every stage."""
+    """On every stage, in either format."""
 
     def is_no_larger_than(self, other: Parts) -> bool:
         """Nothing takes more than there."""
@@ -147,15 +174,35 @@ def model_parts(
             "formats are mixed layer by layer only where all layers are alike, and some of this "
             "checkpoint's are quantised already: allow one format, or auto"
         )
+    kinds, kind = _kinds(model, formats, weights.layers)
     return Parts(
         layers=weights.layers,
+        kinds=kinds,
+        kind=kind,
+        better_kinds=_kinds(model, better, ends.layers)[0] if better else (),
+        head_reads=_reads(head_format_bytes(model, better or formats), ends.head),
         step=steps.pop(),
         embedding=ends.embedding,
         head=ends.head,
         lone_head=head_bytes(model, better or formats, shared=ends.head_shared),
         kv_block=kv_block_bytes(model, formats, 1, block_size),
-        workspace=workspace_bytes(model, formats, max_batch_tokens),
+        workspace=max(
+            workspace_bytes(model, some, max_batch_tokens) for some in (formats, better or formats)
+        ),
     )
+
+
+def _kinds(
+    model: DecoderConfig, formats: ModelFormats, layers: tuple[int, ...]
+) -> tuple[tuple[Reads, ...], tuple[int, ...]]:
+    """What the kinds of layers read, and each layer's kind."""
+    reads = [_reads(layer_format_bytes(model, formats, i), total) for i, total in enumerate(layers)]
+    kinds = {one: number for number, one in enumerate(dict.fromkeys(reads))}
+    return tuple(kinds), tuple(kinds[one] for one in reads)
+
+
+def _reads(linears: Mapping[Format, int], total: int) -> Reads:
+    return Reads(tuple(sorted(linears.items())), total - sum(linears.values()))
 
 
 def plan_stages(

@@ -14,18 +14,15 @@ MANY_STATES = 100
 apart. Both ways find the same."""
 
 
-def packer_for(
-    parts: Parts, classes: Sequence[DeviceClass], wanted: Sequence[int], *, read_blocks: int
-) -> Packer:
+def packer_for(parts: Parts, classes: Sequence[DeviceClass], wanted: Sequence[int]) -> Packer:
     """A search for the best way.
 
     Args:
         parts: the model's.
-        classes: of devices.
+        classes: of devices; with their pace, if times are asked for.
         wanted: devices of each group, each of which holds at least one layer.
-        read_blocks: KV blocks that a step reads at full load.
     """
     are_alike = len(set(parts.layers)) == 1 and all(c.only is None for c in classes)
     is_large = num_states(classes, wanted) > MANY_STATES
     search = Alike if are_alike and is_large else ByState
-    return search(parts, classes, wanted, read_blocks=read_blocks)
+    return search(parts, classes, wanted)

@@ -5,8 +5,9 @@ Layers are drawn one by one, as wide as they take bytes, in the colour of their 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
+from itertools import accumulate
 
 from tightfit.cluster.planning.plan import Plan, StagePlan, parse_formats
 from tightfit.cluster.units import format_bytes
@@ -24,13 +25,16 @@ WIDTH, LEFT, TOP, ROW, BAR, LEGEND = 960, 190, 56, 46, 26, 40
 FONT = 'font-family="system-ui, sans-serif" font-size="12" fill="#18181b"'
 
 
-def picture(plan: Plan) -> str:
-    """The SVG document of a plan."""
-    height = TOP + ROW * len(plan.stages) + LEGEND
-    scale = (WIDTH - LEFT - 20) / max(stage.usable_bytes for stage in plan.stages)
+def picture(plan: Plan, *replicas: Plan) -> str:
+    """The SVG document of a plan, its replicas below it."""
+    stages = [stage for one in (plan, *replicas) for stage in one.stages]
+    firsts = accumulate(len(one.stages) for one in (plan, *replicas))
+    height = TOP + ROW * len(stages) + LEGEND
+    scale = (WIDTH - LEFT - 20) / max(stage.usable_bytes for stage in stages)
     headline = (
         f"{plan.model}: {plan.num_layers} layers, {plan.bits_per_weight:.2f} bits per weight, "
         f"{plan.kv_tokens:,} tokens of {plan.kv_format} keys and values"
+        + (f"; {1 + len(replicas)} replicas" if replicas else "")
     )
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
@@ -39,9 +43,15 @@ def picture(plan: Plan) -> str:
         f'<rect width="{WIDTH}" height="{height}" fill="#fafafa"/>',
         f'<text x="16" y="28" font-weight="bold" {FONT}>{escape(headline)}</text>',
     ]
-    for number, stage in enumerate(plan.stages):
+    for number, stage in enumerate(stages):
         lines += _row(stage, TOP + ROW * number, scale)
-    return "\n".join([*lines, *_legend(plan, height - LEGEND + 16), "</svg>"]) + "\n"
+    lines += [_divider(TOP + ROW * first - (ROW - BAR) // 2) for first in list(firsts)[:-1]]
+    return "\n".join([*lines, *_legend(stages, height - LEGEND + 16), "</svg>"]) + "\n"
+
+
+def _divider(y: int) -> str:
+    """Between two replicas."""
+    return f'<line x1="16" y1="{y}" x2="{WIDTH - 20}" y2="{y}" stroke="#52525b"/>'
 
 
 def _row(stage: StagePlan, top: int, scale: float) -> Iterator[str]:
@@ -81,8 +91,8 @@ def _segments(stage: StagePlan) -> Iterator[tuple[str, float, str]]:
     yield "left", stage.headroom_bytes, FREE
 
 
-def _legend(plan: Plan, top: int) -> Iterator[str]:
-    used = dict.fromkeys(name for stage in plan.stages for name, _ in parse_formats(stage.formats))
+def _legend(stages: Sequence[StagePlan], top: int) -> Iterator[str]:
+    used = dict.fromkeys(name for stage in stages for name, _ in parse_formats(stage.formats))
     entries = [(f"layers in {name}", COLOURS.get(name, OTHER)) for name in used]
     entries += [("embedding, head", OTHER), ("KV cache", KV), ("workspace", WORKSPACE)]
     x = LEFT

@@ -13,6 +13,7 @@ import yaml
 
 from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.planning.inventory import KINDS
+from tightfit.cluster.planning.rates import Link, at, parse_curve
 from tightfit.cluster.settings import (
     Option,
     Values,
@@ -55,12 +56,22 @@ class StagePlan:
     usable_bytes: Annotated[int, Option("What the device has for all of that.", at_least=0)]
     gb_per_s: Annotated[int, Option("Bandwidth of the device's memory.", at_least=1)]
     read_bytes: Annotated[int, Option("Weights that a step reads.", at_least=0)]
-    num_weights: Annotated[int, Option("Of its linear layers and head.", at_least=0)]
+    num_weights: Annotated[int, Option("Of its layers.", at_least=0)]
+    head_weights: Annotated[int, Option("Of the LM head, if it has it.", at_least=0)]
     tera_ops: Annotated[float, Option("Matmul rate in its formats, 10^12/s.", at_least=0)]
     price: Annotated[float, Option("US dollars an hour.", at_least=0)]
     watts: Annotated[float, Option("Power limit of the device.", at_least=0)]
     kind: Annotated[str, Option("Of the device: gpu or cpu.", choices=KINDS)] = "gpu"
     uuid: Annotated[str | None, Option("Of a GPU that was seen when the plan was made.")] = None
+    layer_ms: Annotated[
+        str | None,
+        Option("Times of its layers by measured rates, tokens:ms.", check=parse_curve),
+    ] = None
+    head_ms: Annotated[str | None, Option("Times of the head, rows:ms.", check=parse_curve)] = None
+    link_us: Annotated[float, Option("Latency of the link into it.", at_least=0)] = 0.0
+    link_gb_per_s: Annotated[
+        float | None, Option("Bandwidth of that link; none: without limit.", at_least=1e-6)
+    ] = None
 
     def __post_init__(self) -> None:
         """Raises ConfigError where the formats are not of as many layers as it has."""
@@ -83,11 +94,28 @@ class StagePlan:
         """How many it holds."""
         return self.end_layer - self.first_layer
 
-    def step_s(self, sequences: int, kv_bytes: float) -> float:
-        """Seconds that the next token of some sequences takes at least: the time to read weights
-        and `kv_bytes` of keys and values, or to multiply."""
-        read = (self.read_bytes + kv_bytes) / (self.gb_per_s * 1e9)
-        return max(read, 2 * self.num_weights * sequences / (self.tera_ops * 1e12))
+    def step_s(self, tokens: int, rows: int, kv_bytes: float) -> float:
+        """Seconds of a micro-batch.
+
+        By measured rates, and the bandwidth for keys and values, where they are there; else what it
+        takes at least by the data sheet: the time to read, or to multiply.
+
+        Args:
+            tokens: that it takes a step further.
+            rows: of them, those that the LM head sees.
+            kv_bytes: of keys and values that it reads.
+        """
+        read_s = kv_bytes / (self.gb_per_s * 1e9)
+        if self.layer_ms is not None:
+            head = at(parse_curve(self.head_ms), rows) if self.head_ms and rows else 0.0
+            return at(parse_curve(self.layer_ms), tokens) + head + read_s
+        read_s += self.read_bytes / (self.gb_per_s * 1e9)
+        products = self.num_weights * tokens + self.head_weights * rows
+        return max(read_s, 2 * products / (self.tera_ops * 1e12))
+
+    def link_s(self, num_bytes: int) -> float:
+        """Seconds until a micro-batch's hidden states have come from the stage before."""
+        return Link(latency_us=self.link_us, gb_per_s=self.link_gb_per_s).seconds(num_bytes)
 
     @property
     def headroom_bytes(self) -> int:
@@ -110,6 +138,10 @@ class PlanTerms:
     sequences: Annotated[int, Option("At the same time, that it was planned for.", at_least=1)]
     context: Annotated[int, Option("Tokens of each.", at_least=1)]
     kv_blocks: Annotated[int, Option("KV blocks on every stage.", at_least=1)]
+    hidden_bytes: Annotated[int, Option("Of a token between two stages.", at_least=0)]
+    return_us: Annotated[
+        float, Option("Latency from the last stage to the first one's node.", at_least=0)
+    ] = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,26 +172,43 @@ class Plan(PlanTerms):
     def step_s(self, sequences: int) -> list[float]:
         """Seconds of each stage for the next token of so many sequences, at the full context."""
         share = sequences * self.context / self.kv_tokens
-        return [stage.step_s(sequences, share * stage.kv_bytes) for stage in self.stages]
+        return [stage.step_s(sequences, sequences, share * stage.kv_bytes) for stage in self.stages]
+
+    def links_s(self, tokens: int) -> list[float]:
+        """Seconds on the way into each stage, of so many tokens; into the first come their ids, of
+        which only the link's latency counts. Last, the way back."""
+        rest = [stage.link_s(tokens * self.hidden_bytes) for stage in self.stages[1:]]
+        return [self.stages[0].link_s(0), *rest, self.return_us / 1e6]
+
+    @property
+    def is_measured(self) -> bool:
+        """Times of all stages are by measured rates."""
+        return all(stage.layer_ms is not None for stage in self.stages)
+
+    @property
+    def has_links(self) -> bool:
+        """Links take time."""
+        return any(self.links_s(1))
 
     @property
     def token_s(self) -> float:
-        """Seconds for each token of one sequence alone, at least."""
-        return sum(self.step_s(1))
+        """Seconds for each token of one sequence alone."""
+        return sum(self.step_s(1)) + sum(self.links_s(1))
 
     @property
     def tokens_per_s(self) -> float:
-        """At most, of all sequences that were planned for, in as many micro-batches as there are
-        stages."""
+        """Of all sequences that were planned for, in as many micro-batches as there are stages."""
         micro_batches = min(len(self.stages), self.sequences)
-        times = self.step_s(-(-self.sequences // micro_batches))
-        return self.sequences / max(sum(times), micro_batches * max(times))
+        tokens = -(-self.sequences // micro_batches)
+        times = self.step_s(tokens)
+        round_s = sum(times) + sum(self.links_s(tokens))
+        return self.sequences / max(round_s, micro_batches * max(times))
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        """At most, of a long prompt or several."""
-        rates = (s.tera_ops * 1e12 / (2 * s.num_weights) for s in self.stages)
-        return min(rates)
+        """Of long prompts in the largest micro-batches, attention not counted."""
+        tokens = self.max_batch_tokens
+        return tokens / max(stage.step_s(tokens, 0, 0.0) for stage in self.stages)
 
     @property
     def dollars_per_hour(self) -> float:

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import NamedTuple
 
 from tightfit.cluster.planning.inventory import Device
 from tightfit.cluster.planning.layout import Packer, Run
 from tightfit.cluster.planning.lots import device_lots
 from tightfit.cluster.planning.memory import Parts
+from tightfit.cluster.planning.pace import pace_of
 from tightfit.cluster.planning.packing import packer_for
-from tightfit.cluster.planning.pools import Candidate, Choice, Pools
+from tightfit.cluster.planning.pools import Candidate, Choice, Paces, Pools
 from tightfit.cluster.planning.request import (
     Level,
     PlanRequest,
@@ -38,6 +40,7 @@ class Solution:
     level: Level
     pools: Pools
     choice: Choice
+    pace: Paces
     packer: Packer
     """Of the devices that come into question."""
     runs: tuple[Run, ...]
@@ -142,13 +145,14 @@ class Search:
         self._ladder, self._parts = ladder, parts
         limit = request.max_dollars
         self.pools = Pools(
-            [self._candidate(device) for device in devices],
+            [self.candidate(device) for device in devices],
             request.objective,
             max_devices=request.max_devices,
             max_microdollars=None if limit is None else int(limit * 1_000_000),
         )
 
-    def _candidate(self, device: Device) -> Candidate:
+    def candidate(self, device: Device) -> Candidate:
+        """A device, and its room for weights and KV blocks."""
         room = max(0, self.request.inventory.usable(device) - self._parts[0].workspace)
         room -= room % self.request.room_grain_bytes
         return Candidate(device=device, room=room, only=self.request.pins.get(device.device_id))
@@ -165,12 +169,12 @@ class Search:
 
     def packer(self, counts: Sequence[int], level: int = 0) -> Packer:
         """Of the roomiest devices, so many of each group."""
-        return packer_for(
-            self._parts[level],
-            self.pools.roomiest(counts),
-            counts,
-            read_blocks=self.request.needed_blocks,
-        )
+        return packer_for(self._parts[level], self.pools.roomiest(counts), counts)
+
+    def pace(self, counts: Sequence[int], level: int) -> Paces:
+        """Of kinds of devices, at full load, with so many stages."""
+        read_blocks, tokens = self.request.needed_blocks, self.request.step_tokens(sum(counts))
+        return cache(partial(pace_of, self._parts[level], read_blocks=read_blocks, tokens=tokens))
 
     def choices(self) -> Iterator[Choice]:
         """What might hold the model in the lowest level, cheapest first."""
@@ -225,15 +229,12 @@ class Search:
         blocks, choices = self._most_blocks(number, better, choices)
         best_ns, best = None, None
         for choice in choices:
-            packer = packer_for(
-                self._parts[number],
-                self.pools.in_question(choice.counts),
-                choice.counts,
-                read_blocks=self.request.needed_blocks,
-            )
+            pace = self.pace(choice.counts, number)
+            classes = self.pools.in_question(choice.counts, pace)
+            packer = packer_for(self._parts[number], classes, choice.counts)
             slowest = _fastest(packer, blocks, better)
             if best_ns is None or slowest < best_ns:
-                best_ns, best = slowest, (choice, packer)
+                best_ns, best = slowest, (choice, pace, packer)
         assert best is not None
         assert best_ns is not None
         is_quality = self.request.spare is Spare.QUALITY
@@ -248,8 +249,9 @@ class Search:
             level=self._ladder[number],
             pools=self.pools,
             choice=best[0],
-            packer=best[1],
-            runs=tuple(best[1].pack(blocks, best_ns)),
+            pace=best[1],
+            packer=best[2],
+            runs=tuple(best[2].pack(blocks, best_ns)),
             kv_blocks=blocks,
         )
 

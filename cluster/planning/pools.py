@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from tightfit.cluster.planning.inventory import Device
+from tightfit.cluster.planning.inventory import Device, DeviceType
 from tightfit.cluster.planning.layout import DeviceClass
+from tightfit.cluster.planning.pace import Pace
+
+Paces = Callable[[DeviceType], Pace]
+"""How fast a kind of device is with the model."""
 
 
 class Objective(StrEnum):
@@ -81,7 +85,7 @@ class Pools:
         free = [by_price[price] for price in sorted(by_price)]
         prices = [one.microdollars if is_priced else 0 for one in pinned] + sorted(by_price)
         self.groups = [[one] for one in pinned] + [
-            sorted(group, key=lambda one: (-one.room, -one.device.type.gb_per_s)) for group in free
+            sorted(group, key=lambda one: -one.room) for group in free
         ]
         """Of each, the roomiest first."""
         self._prices, self._num_pinned = prices, len(pinned)
@@ -140,31 +144,32 @@ class Pools:
     def roomiest(self, counts: Sequence[int]) -> list[DeviceClass]:
         """The classes among which so many of each group have most room; speed not told apart."""
         return _classes(
-            (group, one.room, 1, one.only)
+            (group, one.room, None, one.only)
             for group, n in enumerate(counts)
             for one in self.groups[group][:n]
         )
 
-    def in_question(self, counts: Sequence[int]) -> list[DeviceClass]:
+    def in_question(self, counts: Sequence[int], pace: Paces) -> list[DeviceClass]:
         """All classes of which a fastest way with so many of each group may need one."""
         kept: list[DeviceClass] = []
         for group, n in enumerate(counts):
-            in_group: list[DeviceClass] = []
+            in_group: list[tuple[DeviceClass, Pace]] = []
             for mine in _classes(
-                (group, one.room, one.device.type.gb_per_s, one.only) for one in self.groups[group]
+                (group, one.room, pace(one.device.type), one.only) for one in self.groups[group]
             ):  # roomiest first
-                better = sum(other.number for other in in_group if other.gb_per_s >= mine.gb_per_s)
+                assert mine.pace is not None
+                better = sum(c.number for c, p in in_group if p.is_no_slower_than(mine.pace))
                 if better < n:
-                    in_group.append(mine)
-            kept += in_group
+                    in_group.append((mine, mine.pace))
+            kept += [device_class for device_class, _ in in_group]
         return kept
 
-    def members(self, device_class: DeviceClass) -> list[Device]:
+    def members(self, device_class: DeviceClass, pace: Paces) -> list[Device]:
         """The devices of a class that `in_question` gave."""
         return [
             one.device
             for one in self.groups[device_class.group]
-            if one.room == device_class.room and one.device.type.gb_per_s == device_class.gb_per_s
+            if one.room == device_class.room and pace(one.device.type) == device_class.pace
         ]
 
 
@@ -178,13 +183,14 @@ def _most_layers(candidate: Candidate, layer_bytes: int) -> int:
 
 
 def _classes(
-    found: Iterator[tuple[int, int, int, tuple[int, int] | None]],
+    found: Iterator[tuple[int, int, Pace | None, tuple[int, int] | None]],
 ) -> list[DeviceClass]:
-    """(group, room, GB/s, pinned layers) of devices, counted; roomiest and fastest first."""
+    """(group, room, pace, pinned layers) of devices, counted; roomiest and fastest first."""
     counted = Counter(found)
-    order = sorted(counted, key=lambda one: (one[0], -one[1], -one[2]))
+    # A pace that is no slower in anything comes first.
+    order = sorted(counted, key=lambda one: (one[0], -one[1], one[2] or ()))
     return [
-        DeviceClass(group=group, room=room, gb_per_s=speed, number=counted[key], only=only)
+        DeviceClass(group=group, room=room, number=counted[key], pace=pace, only=only)
         for key in order
-        for group, room, speed, only in [key]
+        for group, room, pace, only in [key]
     ]

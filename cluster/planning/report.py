@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tightfit.cluster.planning.explain import Explanation
 from tightfit.cluster.planning.plan import Plan
+from tightfit.cluster.planning.replicas import Replicas
 from tightfit.cluster.planning.request import PlanRequest
 from tightfit.cluster.units import format_bytes
 
@@ -26,7 +27,7 @@ def report(request: PlanRequest, plan: Plan, explanation: Explanation) -> str:
         f"embedding      on the {plan.embedding_place}; head in {plan.head_format}",
         f"speed          {1000 * plan.token_s:.1f} ms a token for one sequence, "
         f"{plan.tokens_per_s:,.1f} tokens/s for {plan.sequences}, prompts at "
-        f"{plan.prefill_tokens_per_s:,.0f} tokens/s: at best, by the devices' data sheets",
+        f"{plan.prefill_tokens_per_s:,.0f} tokens/s: {_by(plan)}",
         f"cost           ${plan.dollars_per_hour:.2f} an hour, {plan.watts:,.0f} W",
         f"binds          {explanation.binds}",
         f"no cheaper     {explanation.proof}",
@@ -34,6 +35,23 @@ def report(request: PlanRequest, plan: Plan, explanation: Explanation) -> str:
     lines += [f"but with       {remedy}" for remedy in explanation.remedies]
     lines.append(f"in 16 bits     {_baseline(explanation)}")
     return "\n".join([*lines, *_notes(request, plan)])
+
+
+def replica_lines(replicas: Replicas) -> str:
+    """Below the report of the first pipeline, what further ones there are."""
+    total = sum(plan.tokens_per_s for plan in replicas.plans)
+    lines = [
+        f"replicas       {len(replicas.plans)}, {total:,.1f} tokens/s in all; {replicas.proof}"
+    ]
+    for number, plan in enumerate(replicas.plans[1:], start=2):
+        lines += ["", f"replica {number}: {headline(plan)}", "", *_table(_rows(plan))]
+    return "\n".join(lines)
+
+
+def _by(plan: Plan) -> str:
+    """What times are by."""
+    rates = "by measured rates" if plan.is_measured else "at best, by the devices' data sheets"
+    return f"{rates}, {'links counted' if plan.has_links else 'links cost nothing'}"
 
 
 def headline(plan: Plan) -> str:

@@ -86,6 +86,10 @@ class PlanRequest:
         """KV blocks of the workload."""
         return self.sequences * -(-self.context // self.block_size)
 
+    def step_tokens(self, num_stages: int) -> int:
+        """Of the workload's sequences, those of one micro-batch, when all stages have one."""
+        return -(-self.sequences // min(num_stages, self.sequences))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Level:

@@ -47,6 +47,7 @@ async def test_health_follows_the_engine_and_the_cluster_can_always_be_asked():
             setattr(gateway.engine, attribute, value)
             assert (await anext(seen)).status == NOT_SERVING
             assert await health(channel) == await health(channel, INFERENCE) == NOT_SERVING
+            assert await health(channel, "liveness") == NOT_SERVING  # a restart helps
             assert await health(channel, CLUSTER) == SERVING
             setattr(gateway.engine, attribute, before)
             assert (await anext(seen)).status == SERVING
@@ -121,6 +122,7 @@ async def test_draining_refuses_new_requests_and_lets_running_ones_finish():
             await stub.Generate(inference_pb2.GenerateRequest(prompt="a"))
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         assert await health(channel) == NOT_SERVING
+        assert await health(channel, "liveness") == SERVING
         status = await cluster.GetStatus(cluster_pb2.GetStatusRequest())
         assert status.health == cluster_pb2.HEALTH_DRAINING
         async for chunk in stream:

@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tightfit.client import AsyncClient, TightfitRpcError
 from tightfit.cluster.errors import ConfigError
+from tightfit.cluster.gateway import server
 from tightfit.cluster.gateway.auth import GatewaySecurity
 from tightfit.cluster.security.audit import AuditLog
 from tightfit.cluster.security.tls import ServerTls
@@ -164,6 +165,24 @@ async def test_raw_bytes_and_connections_that_say_nothing_do_no_harm(ours, with_
         assert len(gateway.engine.requests) == 1
         for connection in silent:
             connection.close()
+
+
+@pytest.mark.parametrize("with_tls", [True, False])
+@in_loop
+async def test_a_connection_that_says_nothing_is_closed(ours, with_tls, monkeypatch):
+    name = "grpc.server_handshake_timeout_ms"
+    assert dict(server.OPTIONS)[name] == 10_000
+    monkeypatch.setattr(server, "OPTIONS", tuple({**dict(server.OPTIONS), name: 500}.items()))
+    credentials = ServerTls(*ours.issue("gateway")).credentials() if with_tls else None
+    async with serving(security=GatewaySecurity(credentials=credentials)) as gateway:
+        host, _, port = gateway.target.rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=LIMIT_S) as silent:
+
+            def until_closed():
+                while silent.recv(1000):
+                    pass
+
+            await asyncio.to_thread(until_closed)
 
 
 # -- certificates change ---------------------------------------------------------------------

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 
 import tightfit.cluster.ray_environment as ray_environment
 
-ray_environment.prepare(is_private=False)
+ray_environment.prepare(is_private=True)  # the cluster is this process's, and has its token
 
 import ray  # noqa: E402
 from prometheus_client import CollectorRegistry  # noqa: E402
@@ -28,7 +28,7 @@ from tightfit.cluster.launch import RaySession  # noqa: E402
 from tightfit.cluster.live import Surroundings  # noqa: E402
 from tightfit.cluster.metrics import Metrics  # noqa: E402
 from tightfit.cluster.model import describe_model  # noqa: E402
-from tightfit.cluster.nodes import NODE_LABEL, alive_nodes  # noqa: E402
+from tightfit.cluster.nodes import NODE_LABEL, alive_nodes, slowest_link  # noqa: E402
 from tightfit.cluster.request import Request, SamplingParams  # noqa: E402
 from tightfit.cluster.tokenizer import load_tokenizer  # noqa: E402
 
@@ -49,7 +49,7 @@ def main(path: str, plan: str, length: int) -> None:
         nodes = {
             name: cluster.add_node(num_cpus=2, labels={NODE_LABEL: name}) for name in ("a", "b")
         }
-        config = ServeConfig(model=path, plan=plan, ray_address=cluster.address, insecure_ray=True)
+        config = ServeConfig(model=path, plan=plan, ray_address=cluster.address)
         model = describe_model(config.model)
         early = arrange_early(config, model)
         session = RaySession(ray_options(early.config))
@@ -67,6 +67,7 @@ def main(path: str, plan: str, length: int) -> None:
             on = [names[status.node_id] for status in replica.statuses]
             lines = compare(arrangement, replica.statuses)
             around = Surroundings(arrangement.placement.plan, (), arrangement.places)
+            link = slowest_link(alive_nodes())
             before = [device.device_id for device in around.inventory().devices]
             cluster.add_node(num_cpus=2, labels={NODE_LABEL: "c"})
             after = [device.device_id for device in around.inventory().devices]
@@ -85,7 +86,9 @@ def main(path: str, plan: str, length: int) -> None:
         json.dumps(
             {
                 "tokens": tokens, "on": on, "compare": lines, "before": before, "after": after,
-                "again": again, "refusal": refusal, "left": left,
+                "again": again,
+                "link": [link.source, link.target, link.latency_s, link.bytes_per_s],
+                "refusal": refusal, "left": left,
             }
         )
     )  # fmt: skip

@@ -215,3 +215,36 @@ def test_a_lower_threshold_keeps_more_columns_in_16_bits_and_is_more_exact():
         assert (y.float() - expected).abs().max() < 2**-7 * expected.abs().max()
         errors.append(float((y.float() - exact).norm()))
     assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("shape", [(128, 4096), (4096, 128)])
+def test_without_a_threshold_llm_int8_computes_small_layers_as_int8_does(shape):
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+    x = _with_outliers(_input(32, shape[1]))
+    linears = [
+        quantize_linear(weight, None, fmt, outlier_threshold=threshold)
+        for fmt, threshold in [
+            (Format.INT8, None),
+            (Format.LLM_INT8, None),
+            (Format.LLM_INT8, 6.0),
+        ]
+    ]
+    for linear in linears:
+        linear.crossover = ALWAYS
+    whole, by_default, decomposed = (linear(x) for linear in linears)
+    assert torch.equal(by_default, whole)
+    assert not torch.equal(decomposed, whole)
+    assert linears[1].format is Format.LLM_INT8
+
+
+def test_without_a_threshold_llm_int8_decomposes_the_input_of_a_layer_4096_wide():
+    weight = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(1))
+    x = _with_outliers(_input(8, 4096))
+    by_default, decomposed = (
+        quantize_linear(weight, None, Format.LLM_INT8, outlier_threshold=threshold)
+        for threshold in (None, 6.0)
+    )
+    by_default.crossover = decomposed.crossover = ALWAYS
+    assert torch.equal(by_default(x), decomposed(x))
+    exact = x.float() @ weight.T
+    assert (by_default(x).float() - exact).norm() / exact.norm() > 0.005

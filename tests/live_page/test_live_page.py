@@ -102,6 +102,7 @@ def test_it_says_what_is_wrong(shown):
     assert browser.run("document.getElementById('links').classList.contains('still')")
     made_up.health, made_up.weight_error = "ok", 0.031
     assert browser.wait_for("document.querySelectorAll('.checked b.off').length === 2")
+    assert "predicted" in browser.run("document.querySelector('.checked').title")
     assert browser.run("document.getElementById('banner').hidden")
     assert browser.problems == []
 

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -10,6 +11,7 @@ from tightfit.cluster.planning.explain import explain, why_not
 from tightfit.cluster.planning.inventory import CONFIGS, read_inventory
 from tightfit.cluster.planning.planner import fits, solve
 from tightfit.cluster.planning.pools import Objective
+from tightfit.cluster.planning.rates import Link, Rates
 from tightfit.cluster.planning.report import report
 from tightfit.cluster.planning.request import PlanRequest, Spare
 from tightfit.cluster.settings import read_yaml
@@ -39,7 +41,7 @@ def test_a_plan_says_what_one_device_less_holds_and_what_it_would_take():
         r"the roomiest alone would hold at most (\d+) of 70 layers in int4", said.proof
     )
     # 76.57 GiB, less workspace; 1.22 GiB for a layer, 58 MB for its 2,048 tokens.
-    assert int(held[1]) == 58
+    assert int(held[1]) == 59
     (remedy,) = said.remedies
     layers = re.fullmatch(r"int3 for (\d+) of the 70 layers and int4 for the others", remedy)
     mixed = replace(request, formats=("int3", "int4"), is_mixed=True, spare=Spare.QUALITY)
@@ -49,7 +51,7 @@ def test_a_plan_says_what_one_device_less_holds_and_what_it_would_take():
 
 def test_the_stage_that_binds_is_the_one_without_room_for_another_block():
     plan, said = explained(request_for("bloom-176b", "8xa100-80"))
-    assert said.binds.startswith("stage 0 (a:0) has room for 32,000 tokens and no more")
+    assert said.binds.startswith("stage 0 (a:0) has room for 32,928 tokens and no more")
     assert plan.stages[0].headroom_bytes < plan.stages[0].kv_bytes / plan.kv_blocks
     assert plan.stages[1].headroom_bytes > plan.stages[1].kv_bytes / plan.kv_blocks
 
@@ -72,12 +74,12 @@ def test_the_cheapest_plan_says_how_many_cheaper_choices_do_not_do():
     [
         (
             "bloom-176b", "2xh200", {"formats": ("bf16",)},
-            "all 2 devices hold at most 56 of 70 layers in bf16",
-            ["int8 for 28 of the 70 layers and bf16 for the others", "1 more h200"],
+            "all 2 devices hold at most 58 of 70 layers in bf16",
+            ["int8 for 27 of the 70 layers and bf16 for the others", "1 more h200"],
         ),
         (
             "llama-3.1-405b", "8xrtx-3090", {},
-            "all 8 devices hold at most 88 of 126 layers in int4", ["4 more rtx-3090"],
+            "all 8 devices hold at most 104 of 126 layers in int4", ["2 more rtx-3090"],
         ),
         (
             "opt-175b", "8xrtx-3090", {"sequences": 32},
@@ -85,7 +87,7 @@ def test_the_cheapest_plan_says_how_many_cheaper_choices_do_not_do():
         ),
         (
             "bloom-176b", "8xa100-80", {"formats": ("int8",), "max_devices": 2},
-            "the roomiest 2 hold at most 62 of 70 layers in int8",
+            "the roomiest 2 hold at most 64 of 70 layers in int8",
             ["int4 for ", "1 more a100-80"],
         ),
         (
@@ -129,7 +131,7 @@ def test_devices_that_hold_no_layer_at_all_are_told_so():
         "mixed-lot",
         exclude=frozenset({"server", "box"}),
         formats=("int8",),
-        max_batch_tokens=2048,
+        max_batch_tokens=32_768,
     )
     said = why_not("m", request)
     assert "no device holds one layer: old:0 (t4) has 13.31 GiB to use, and a layer takes" in said
@@ -150,6 +152,61 @@ def test_a_pipelines_time_for_a_token_is_the_time_to_read_it_all():
     plan, _ = explained(request_for("bloom-176b", "8xa100-80", formats=("int8",)))
     read = 172.6e9 + 3.6e9 + 2048 * 70 * 2 * 112 * 130
     assert plan.token_s == pytest.approx(read / 2039e9, rel=0.01)
+
+
+RATES = Rates(
+    (("int4", ((1, 0.002), (64, 0.004), (256, 0.01))), ("int8", ((1, 0.001), (64, 0.003))))
+)
+
+
+def measured(request, **links):
+    """The same on devices whose rates were measured."""
+    inventory = request.inventory
+    devices = tuple(
+        replace(device, type=replace(device.type, rates=RATES)) for device in inventory.devices
+    )
+    return replace(request, inventory=replace(inventory, devices=devices, **links))
+
+
+def test_where_rates_were_measured_times_are_by_them_and_the_table_says_so():
+    request = measured(request_for("bloom-176b", "8xa100-80", formats=("int4",)))
+    plan, said = explained(request)
+    kv = 2048 * 70 * 2 * 112 * 130
+    head = 250_880 * 14_336
+    layers = sum(stage.layer_bytes for stage in plan.stages)
+    assert plan.token_s == pytest.approx(
+        layers * 0.002e-9 + head * 0.001e-9 + kv / 2039e9, rel=1e-3
+    )
+    by = min(512 / (stage.layer_bytes * 1e-9 * (0.01 + 256 * 0.006 / 192)) for stage in plan.stages)
+    assert plan.prefill_tokens_per_s == pytest.approx(by, rel=1e-3)
+    assert "by measured rates, links cost nothing" in report(request, plan, said)
+    partly = measured(request_for("bloom-176b", "8xa100-80", formats=("bf16",), sequences=8))
+    plan, said = explained(partly)
+    assert "at best, by the devices' data sheets" in report(partly, plan, said)
+
+
+def test_links_are_in_the_time_of_a_token_once_for_each_stage_and_once_back():
+    free = request_for("bloom-176b", "8xa100-80", sequences=2)
+    inventory = replace(free.inventory, within_node={"a": Link(latency_us=500, gb_per_s=0.028672)})
+    request = replace(free, inventory=inventory)
+    (before, _), (plan, said) = explained(free), explained(request)
+    assert len(plan.stages) == 2
+    # To the first stage and back go token ids, between the stages 28 KiB for a token.
+    hop = 3 * 500e-6 + 1e-3
+    assert plan.token_s == pytest.approx(before.token_s + hop)
+    # Two sequences, two stages: the slower stage is the limit, or the round with its links.
+    times = plan.step_s(1)
+    assert plan.tokens_per_s == pytest.approx(2 / max(sum(times) + hop, 2 * max(times)))
+    assert "links counted" in report(request, plan, said)
+
+
+def test_links_between_nodes_count_where_stages_are_on_several():
+    request = request_for("bloom-176b", "three-node-pool", formats=("int8",))
+    far = replace(request.inventory, between_nodes=Link(latency_us=10_000))
+    (before, _), (plan, _) = explained(request), explained(replace(request, inventory=far))
+    changes = sum(a.node != b.node for a, b in pairwise([*plan.stages, plan.stages[0]]))
+    assert changes >= 2
+    assert plan.token_s == pytest.approx(before.token_s + changes * 0.01)
 
 
 def test_with_many_sequences_a_pipeline_gives_more_tokens_but_not_more_than_it_can_multiply():

@@ -9,6 +9,7 @@ from tightfit.cluster.planning.inventory import (
     read_inventory,
 )
 from tightfit.cluster.planning.memory import Reserve, usable_bytes
+from tightfit.cluster.planning.rates import Link
 
 GIB = 2**30
 CARD = "{memory: 24GiB, gb_per_s: 900, fp16_tflops: 70, int8_tops: 140, price: 0.2, watts: 300%s}"
@@ -66,7 +67,29 @@ def test_a_share_of_a_host_is_planned_to_the_last_byte(inventory):
     assert found.usable(found.devices[0]) == 24 * GIB
 
 
+def test_measured_rates_of_a_type_are_read_as_seconds_for_a_gb(inventory):
+    kind = CARD % ", rates: {int8: {64: 25, 1: 400}, int4: {1: 500.5}}"
+    found = inventory(f"types: {{x: {kind}}}\nnodes: [{{name: a, devices: [{{type: x}}]}}]")
+    assert found.devices[0].type.rates.by_format == (
+        ("int4", ((1, 1 / 500.5),)),
+        ("int8", ((1, 1 / 400), (64, 1 / 25))),
+    )
+
+
+def test_links_are_by_node_and_between_nodes_and_take_no_time_where_they_are_not_known(inventory):
+    found = inventory(
+        "between_nodes: {latency_us: 90, gb_per_s: 3}\n"
+        "nodes:\n"
+        "  - {name: a, count: 2, devices: [{type: t4}], link: {latency_us: 20.5}}\n"
+        "  - {name: b, devices: [{type: t4}]}\n"
+    )
+    assert found.link("a-1", "a-1") == found.link("a-0", "a-0") == Link(latency_us=20.5)
+    assert found.link("b", "b") == Link()
+    assert found.link("b", "a-1") == Link(latency_us=90, gb_per_s=3)
+
+
 NODE = "nodes: [{name: a, devices: [%s]}]"
+RATES = "types: {x: " + CARD % ", rates: %s" + "}\nnodes: [{name: a, devices: [{type: x}]}]"
 
 
 @pytest.mark.parametrize(
@@ -99,6 +122,22 @@ NODE = "nodes: [{name: a, devices: [%s]}]"
         (
             "nodes: [{name: a, count: 99999, devices: [{type: t4, count: 99999}]}]",
             "more than 1,000,000 devices",
+        ),
+        (RATES % "3", "types: x.rates: expected `key: value` lines, found 3"),
+        (RATES % "{int9: {1: 3}}", "types: x.rates: 'int9' is not one of fp32, bf16"),
+        (RATES % "{int8: 3}", "x.rates.int8: expected GB/s by number of tokens, found 3"),
+        (RATES % "{int8: {0: 3}}", "x.rates.int8: 0: 3 is not a number of tokens and GB/s"),
+        (RATES % "{int8: {1: -3}}", "x.rates.int8: 1: -3 is not a number of tokens and GB/s"),
+        (RATES % "{int8: {1: .inf}}", "x.rates.int8: 1: inf is not a number of tokens and GB/s"),
+        (RATES % "{int8: {1: true}}", "x.rates.int8: 1: True is not a number of tokens and GB/s"),
+        ("between_nodes: {latency_us: -1}\n" + NODE % "{type: t4}", "between_nodes.latency_us: -1"),
+        (
+            "nodes: [{name: a, link: {gb_per_s: 0}, devices: [{type: t4}]}]",
+            r"nodes\[0\].link.gb_per_s: 0.0 is less than 1e-06",
+        ),
+        (
+            "nodes: [{name: a, link: {gbps: 1}, devices: [{type: t4}]}]",
+            "link.gbps is not a setting; did you mean",
         ),
         ("types: {x: {memory: 1GiB}}\n" + NODE % "{type: x}", "x.gb_per_s is missing"),
         (

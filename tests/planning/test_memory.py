@@ -171,7 +171,7 @@ def test_the_tight_reserve_and_a_context_leave_98_percent_less_a_gibibyte():
 def test_the_parts_of_a_model_in_two_formats_are_those_that_its_stages_count(device, kv):
     model = decoder_config(SMOLLM2_135M)
     less, more = (model_formats(model, fmt, kv=kv, device=device) for fmt in ("int4", "int8"))
-    parts = model_parts(model, less, more, block_size=16, max_batch_tokens=512)
+    parts, workspaces = model_parts(model, less, more, block_size=16, max_batch_tokens=512), []
     for formats, step in ((less, 0), (more, parts.step)):
         whole = stage_bytes(model, formats, 0, 30, **SIZES)
         middle = stage_bytes(model, formats, 1, 29, **SIZES)
@@ -179,7 +179,8 @@ def test_the_parts_of_a_model_in_two_formats_are_those_that_its_stages_count(dev
         assert whole.weights == layers + parts.embedding + parts.lone_head
         assert middle.weights == layers - 2 * (parts.layers[0] + step)
         assert middle.kv_cache == 28 * parts.kv_block
-        assert whole.workspace == parts.workspace
+        workspaces.append(whole.workspace)
+    assert parts.workspace == max(workspaces)
     assert parts.step > 0
 
 
@@ -189,3 +190,23 @@ def test_formats_are_not_mixed_where_layers_of_a_checkpoint_differ():
     odd = replace(formats, stored=({Role.QKV: Scheme(format=Format.INT8)}, *[{}] * 29))
     with pytest.raises(PlacementError, match="mixed layer by layer only where all layers are al"):
         model_parts(model, odd, model_formats(model, "int8"), block_size=16, max_batch_tokens=512)
+
+
+@pytest.mark.parametrize("config", [BLOOM_176B, SMOLLM2_135M])
+@pytest.mark.parametrize("layers", ["bf16", "int8", "int4"])
+def test_what_a_step_reads_by_format_adds_up_to_what_is_held(config, layers):
+    model = decoder_config(config)
+    held = model_formats(model, layers, device="cuda")
+    mixed = replace(
+        held,
+        stored=tuple(
+            {Role.MLP_UP: Scheme(format=Format.INT3)} if i % 2 else {}
+            for i in range(model.num_layers)
+        ),
+    )
+    for formats, kinds in ((held, 1), (mixed, 2)):
+        parts = model_parts(model, formats, block_size=16, max_batch_tokens=512)
+        assert tuple(parts.kinds[kind].total for kind in parts.kind) == parts.layers
+        assert len(parts.kinds) == kinds
+        assert parts.head_reads.total == parts.head
+    assert dict(parts.kinds[1].linears).keys() == {layers, "int3"}

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from tightfit.cluster.planning.inventory import Device, DeviceType, Inventory
+from tightfit.cluster.planning.pace import pace_of
 from tightfit.cluster.planning.planner import searches, solve
 from tightfit.cluster.planning.pools import Objective
+from tightfit.cluster.planning.rates import NO_RATES, Rates
 from tightfit.cluster.planning.request import PlanRequest, Spare
 from tightfit.workers.decoder_config import decoder_config
 from tightfit.workers.model_formats import model_formats
-from tightfit.workers.shard_bytes import workspace_bytes
+from tightfit.workers.workspace import workspace_bytes
 
 TOTAL = 2**31
 BYTES = 1024
@@ -35,15 +37,20 @@ def request_of(seed):
     )
     workspace = workspace_bytes(model, model_formats(model, "int8", kv="int8"), 16)
     kinds = [
-        (draw.randint(800_000, 5_000_000), draw.randint(1, 9), draw.choice([1.0, 1.5, 3.0]))
+        (
+            draw.randint(800_000, 5_000_000),
+            draw.randint(1, 9),
+            draw.choice([1.0, 1.5, 3.0]),
+            rates_of(draw) if draw.random() < 0.5 else NO_RATES,
+        )
         for _ in range(draw.randint(2, 4))
     ]
     devices = []
     for number in range(draw.randint(7, 12)):
-        room, speed, price = draw.choice(kinds)
+        room, speed, price, rates = draw.choice(kinds)
         kind = DeviceType(
             name="t", memory_bytes=TOTAL, gb_per_s=speed, fp16_tflops=1.0, int8_tops=1.0,
-            price=price, watts=1.0,
+            price=price, watts=1.0, rates=rates,
         )  # fmt: skip
         free = 512 * 2**20 + TOTAL // 50 + workspace + room
         devices.append(
@@ -68,16 +75,25 @@ def request_of(seed):
     )
 
 
+def rates_of(draw):
+    """Of one token and of many; on some kinds fewer bits are slower than more."""
+    return Rates(
+        tuple(
+            (name, ((1, draw.uniform(0.1, 1)), (8, draw.uniform(1, 3))))
+            for name in ("int3", "int4", "int8")
+        )
+    )
+
+
 class Programme:
     """Devices j: layers n_j, of them h_j better; used u_j, first f_j, last l_j; slowest time t."""
 
-    def __init__(self, request, parts, blocks):
+    def __init__(self, request, parts, blocks, num_stages=1):
         self.devices = request.inventory.devices
         self.num_layers = len(parts.layers)
         self.size = len(self.devices)
         self.rows, self.lower, self.upper = [], [], []
         per_layer = parts.layers[0] + blocks * parts.kv_block
-        read = parts.layers[0] + request.needed_blocks * parts.kv_block
         for total, kind in ((self.num_layers, "n"), (1, "f"), (1, "l")):
             self.add({(kind, j): 1 for j in range(self.size)}, total, total)
         for j, device in enumerate(self.devices):
@@ -92,8 +108,13 @@ class Programme:
                 ("l", j): parts.head,
             }  # fmt: skip
             self.add({key: value / BYTES for key, value in held.items()}, -np.inf, room / BYTES)
-            time = {("n", j): read, ("h", j): parts.step, ("l", j): parts.head}
-            time = {key: value / BYTES / device.type.gb_per_s for key, value in time.items()}
+            pace = pace_of(
+                parts, device.type, read_blocks=request.needed_blocks,
+                tokens=request.step_tokens(num_stages),
+            )  # fmt: skip
+            (layer,), better = pace.layers, pace.better or pace.layers
+            time = {("n", j): layer, ("h", j): better[0] - layer, ("l", j): pace.head}
+            time = {key: value / BYTES for key, value in time.items()}
             self.add({**time, ("t", 0): -1}, -np.inf, 0)
             for other in range(self.size):
                 if other != j:  # only a lone stage is both first and last
@@ -165,7 +186,7 @@ def check(request):
     if is_quality and parts.step:
         assert loose.least(loose.all_of("h", -1)) == pytest.approx(-better, abs=1e-6)
 
-    tight = [Programme(request, parts, blocks + more) for more in (0, 1)]
+    tight = [Programme(request, parts, blocks + more, len(found.runs)) for more in (0, 1)]
     for programme in tight:
         programme.add(cost, -np.inf, spent + 1e-6)
         programme.add(programme.all_of("u"), 0, len(found.runs))

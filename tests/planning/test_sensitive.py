@@ -83,7 +83,7 @@ def test_layers_that_lose_most_get_most_bits():
 
 
 def test_spare_memory_goes_to_the_layers_that_lose_most_and_costs_no_device_more():
-    for sizes, num_stages in (((46, 46), 1), ((44, 44, 44), 2)):
+    for sizes, num_stages in (((54, 54), 1), ((50, 50, 50), 2)):
         lean = with_best_mix(request_for(*sizes), sensitivities())
         rich = with_best_mix(request_for(*sizes, spare=Spare.QUALITY), sensitivities())
         assert solve(lean).score.cost == solve(rich).score.cost == (num_stages, 0)

@@ -73,7 +73,7 @@ WIDTH, TOKENS = 1024, 32_768
 MEASURE = """
 import json, sys
 from tightfit.workers.api import MicroBatch, SequenceSlice, StageSpec
-from tightfit.workers.stage import Stage, rss_anon_bytes
+from tightfit.workers.stage import Stage
 import torch
 torch.set_num_threads(1)
 stage = Stage(StageSpec(**json.loads(sys.argv[1])))

@@ -12,7 +12,8 @@ from tightfit.kernels.cpu import quantize_kv
 from tightfit.kernels.formats import KVFormat
 from tightfit.workers.kv_cache import KVCache, gather_rows
 from tightfit.workers.model_formats import model_formats
-from tightfit.workers.shard_bytes import attention_bytes, kv_block_bytes
+from tightfit.workers.shard_bytes import kv_block_bytes
+from tightfit.workers.workspace import workspace_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -206,6 +207,6 @@ def test_predicted_bytes_are_the_bytes_held(models, variant, fmt):
 def test_the_workspace_counts_the_widened_copies(models):
     config = Chain(models("llama").path, 1).config
     full, small = (
-        attention_bytes(config, model_formats(config, kv=kv), 64) for kv in ("auto", "int8")
+        workspace_bytes(config, model_formats(config, kv=kv), 64) for kv in ("auto", "int8")
     )
     assert small > full

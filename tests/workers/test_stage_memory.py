@@ -16,13 +16,14 @@ MEASURE = """
 import json, sys, threading, time
 from tightfit.workers.api import StageSpec
 from tightfit.workers import stage as s
+from tightfit.workers.stage_memory import rss_anon_bytes
 import torch
 torch.set_num_threads(1)
 torch.nn.functional.linear(torch.zeros(4, 64), torch.zeros(64, 64))
-before, peak, done = s.rss_anon_bytes(), [0], threading.Event()
+before, peak, done = rss_anon_bytes(), [0], threading.Event()
 def watch():
     while not done.wait(0.002):
-        peak[0] = max(peak[0], s.rss_anon_bytes())
+        peak[0] = max(peak[0], rss_anon_bytes())
 thread = threading.Thread(target=watch); thread.start()
 stage = s.Stage(StageSpec(**json.loads(sys.argv[1])))
 done.set(); thread.join()

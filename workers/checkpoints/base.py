@@ -99,6 +99,10 @@ class Checkpoint(Protocol):
         """Release the files. Tensors that were read live on."""
 
 
+MAX_JSON_BYTES = 64 * 2**20
+"""Of a config, or an index of tensors."""
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
@@ -106,7 +110,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
         CheckpointError: it is missing, or is none.
     """
     try:
-        content = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            raise ValueError(f"it has more than {MAX_JSON_BYTES:,} bytes")
+        content = json.loads(data)
     except FileNotFoundError:
         raise CheckpointError(path, None, "the file is missing; copy it from the model") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -1,7 +1,8 @@
 """One .bin file, as `torch.save` writes it: a zip of a pickle and of raw, uncompressed storages.
 
 The pickle is read with an allow-list that makes descriptions, not tensors: no code of the file
-runs, and no storage is read before its tensor is wanted.
+runs, and no storage is read before its tensor is wanted. Its operations are looked through before,
+as a few bytes of a pickle can ask the interpreter for any amount of memory.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections import OrderedDict
@@ -32,6 +34,9 @@ STORAGE_DTYPES: Final = {
 LOCAL_HEADER: Final = struct.Struct("<4s22xHH")
 """Of a zip member: signature, 22 bytes also in the directory, lengths of name and extra field."""
 LOCAL_SIGNATURE: Final = b"PK\x03\x04"
+
+MAX_PICKLE_BYTES: Final = 64 * 2**20
+"""A hundred thousand tensors' descriptions take a tenth of it."""
 
 REMEDY: Final = "the file is truncated or damaged: copy it again"
 
@@ -102,6 +107,25 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("a storage's description is malformed")
 
 
+def _read_pickle(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> object:
+    """What the file's pickle describes.
+
+    Raises:
+        Exception: nearly any, if it is damaged; pickle.UnpicklingError, if it asks for more than
+            weights need.
+    """
+    if member.file_size > MAX_PICKLE_BYTES:
+        raise pickle.UnpicklingError(
+            f"its data.pkl has {member.file_size:,} bytes; at most {MAX_PICKLE_BYTES:,} are read"
+        )
+    content = archive.read(member)  # checks the CRC
+    for operation, argument, _ in pickletools.genops(content):
+        # The interpreter makes room for as many memo entries as the index says.
+        if operation.name.endswith("PUT") and int(argument or 0) > len(content):
+            raise pickle.UnpicklingError(f"it notes something at index {argument}")
+    return _Unpickler(io.BytesIO(content)).load()
+
+
 class TorchFile:
     """One file; directory, pickle and every storage's place are checked when it is opened.
 
@@ -124,8 +148,7 @@ class TorchFile:
                 root = pickles[0].removesuffix("data.pkl")
                 if members.get(f"{root}byteorder") and archive.read(f"{root}byteorder") == b"big":
                     raise ValueError("it is big-endian")
-                content = archive.read(pickles[0])  # checks the CRC
-            state = _Unpickler(io.BytesIO(content)).load()
+                state = _read_pickle(archive, members[pickles[0]])
         except Exception as error:
             # Damaged pickles raise nearly anything; all of it means the same.
             problem = str(error) or type(error).__name__

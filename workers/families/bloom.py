@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tightfit.workers.decoder_config import (
+    MAX_LAYERS,
     Activation,
     ConfigReader,
     DecoderConfig,
@@ -42,7 +43,7 @@ def from_config(config: HFConfig) -> DecoderConfig:
     read.only("n_inner", 4 * hidden)
     return DecoderConfig(
         family="bloom",
-        num_layers=read.integer("num_hidden_layers", "n_layer"),
+        num_layers=read.integer("num_hidden_layers", "n_layer", at_most=MAX_LAYERS),
         hidden_size=hidden,
         num_heads=heads,
         num_kv_heads=heads,

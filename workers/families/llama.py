@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from tightfit.workers.decoder_config import (
+    MAX_LAYERS,
     ConfigReader,
     DecoderConfig,
     HFConfig,
@@ -60,7 +61,7 @@ def from_config(config: HFConfig) -> DecoderConfig:
     read.only("partial_rotary_factor", 1.0)
     return DecoderConfig(
         family="llama",
-        num_layers=read.integer("num_hidden_layers"),
+        num_layers=read.integer("num_hidden_layers", at_most=MAX_LAYERS),
         hidden_size=hidden,
         num_heads=heads,
         num_kv_heads=read.integer("num_key_value_heads", default=heads),

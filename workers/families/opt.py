@@ -4,6 +4,7 @@ normalises after the residual."""
 from __future__ import annotations
 
 from tightfit.workers.decoder_config import (
+    MAX_LAYERS,
     ConfigReader,
     DecoderConfig,
     HFConfig,
@@ -51,7 +52,7 @@ def from_config(config: HFConfig) -> DecoderConfig:
     pre_norm = read.flag("do_layer_norm_before", True)
     return DecoderConfig(
         family="opt",
-        num_layers=read.integer("num_hidden_layers"),
+        num_layers=read.integer("num_hidden_layers", at_most=MAX_LAYERS),
         hidden_size=hidden,
         num_heads=heads,
         num_kv_heads=heads,

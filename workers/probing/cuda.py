@@ -16,9 +16,8 @@ import torch
 
 from tightfit.kernels.formats import OLDEST_CAPABILITY
 from tightfit.workers.errors import ProbeError
-from tightfit.workers.probing.loopback import SMALL_BYTES
 from tightfit.workers.probing.rates import measure_rates
-from tightfit.workers.probing.result import DeviceMemory, DeviceRates, LinkRate
+from tightfit.workers.probing.result import SMALL_BYTES, DeviceMemory, DeviceRates, LinkRate
 
 WIDTHS: Final = (8192, 4096, 2048, 1024)
 DENSE_TOKENS: Final = 2048

@@ -10,6 +10,8 @@ import msgspec
 from tightfit.kernels.formats import Format
 from tightfit.workers.errors import ProbeError
 
+SMALL_BYTES: Final = 28 * 2**10
+"""One token's hidden state of BLOOM-176B: the message that a link's latency is measured with."""
 VERSION: Final = 1
 
 
@@ -96,7 +98,12 @@ class LinkRate:
     """`cpu` or `cuda:N`. From cpu to cpu: one process to another over ZeroMQ on this host."""
     bytes_per_s: float
     latency_s: float
-    """Until 28 KiB have arrived: one token's hidden state of BLOOM-176B."""
+    """Until `SMALL_BYTES` have arrived."""
+
+    @property
+    def empty_latency_s(self) -> float:
+        """The same, less what so many bytes take."""
+        return max(0.0, self.latency_s - SMALL_BYTES / self.bytes_per_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -57,7 +57,9 @@ Global___Health: _TypeAlias = Health  # noqa: Y015
 
 @_typing.final
 class StageMemory(_message.Message):
-    """Bytes of one stage."""
+    """Bytes of one stage: predicted from shapes before loading, measured from its tensors, and measured
+    from outside, by the kernel or by the GPU's allocator.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -68,20 +70,82 @@ class StageMemory(_message.Message):
     RSS_ANON_BYTES_FIELD_NUMBER: _builtins.int
     BUDGET_BYTES_FIELD_NUMBER: _builtins.int
     GPU_BYTES_FIELD_NUMBER: _builtins.int
+    PREDICTED_EMBEDDING_BYTES_FIELD_NUMBER: _builtins.int
+    EMBEDDING_BYTES_FIELD_NUMBER: _builtins.int
+    PREDICTED_HEAD_BYTES_FIELD_NUMBER: _builtins.int
+    HEAD_BYTES_FIELD_NUMBER: _builtins.int
+    PREDICTED_KV_CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    PREDICTED_HOST_BYTES_FIELD_NUMBER: _builtins.int
+    HOST_BYTES_FIELD_NUMBER: _builtins.int
+    MEASURED_WORKSPACE_BYTES_FIELD_NUMBER: _builtins.int
+    PREDICTED_HELD_BYTES_FIELD_NUMBER: _builtins.int
+    HELD_BYTES_FIELD_NUMBER: _builtins.int
+    RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
+    BASELINE_BYTES_FIELD_NUMBER: _builtins.int
+    CONTEXT_BYTES_FIELD_NUMBER: _builtins.int
+    HEADROOM_BYTES_FIELD_NUMBER: _builtins.int
+    KV_TOKENS_FIELD_NUMBER: _builtins.int
+    DIFFERENCES_FIELD_NUMBER: _builtins.int
     predicted_weight_bytes: _builtins.int
-    """Weights as predicted from shapes before loading, in bytes."""
+    """Weights as predicted, embedding and LM head included, in bytes."""
     weight_bytes: _builtins.int
     """Weights as measured from the loaded tensors, in bytes."""
     kv_cache_bytes: _builtins.int
-    """KV cache, in bytes."""
+    """KV cache as measured from its tensors, in bytes."""
     workspace_bytes: _builtins.int
-    """Most that activations, logits and scratch take, in bytes."""
+    """Most that activations, masks, logits and scratch take in a step, as predicted, in bytes."""
     rss_anon_bytes: _builtins.int
-    """Anonymous resident memory that the stage added to its process, in bytes."""
+    """Anonymous resident memory that the stage added to its process, now, in bytes."""
     budget_bytes: _builtins.int
     """Most that it may take; 0: no limit."""
     gpu_bytes: _builtins.int
-    """What the GPU's allocator has given out to the stage, in bytes; 0 on a CPU."""
+    """What the GPU's allocator has given out to the stage, now, in bytes; 0 on a CPU."""
+    predicted_embedding_bytes: _builtins.int
+    """Of the predicted weights, the embedding with what belongs to it, in bytes; 0 but on the first
+    stage.
+    """
+    embedding_bytes: _builtins.int
+    """The same as measured, in bytes."""
+    predicted_head_bytes: _builtins.int
+    """Of the predicted weights, final norm and LM head, in bytes; 0 but on the last stage."""
+    head_bytes: _builtins.int
+    """The same as measured, in bytes."""
+    predicted_kv_cache_bytes: _builtins.int
+    """KV cache as predicted, in bytes."""
+    predicted_host_bytes: _builtins.int
+    """An embedding that is to be on the host and could not stay in its file, as predicted, in bytes of
+    host memory.
+    """
+    host_bytes: _builtins.int
+    """The same as measured, in bytes."""
+    measured_workspace_bytes: _builtins.int
+    """By how much memory rose in the largest step, rehearsed at load, in bytes; absent where the
+    kernel does not say.
+    """
+    predicted_held_bytes: _builtins.int
+    """What the stage keeps on its device as predicted: weights, KV cache and, on a CPU, an embedding
+    widened on the host; in bytes.
+    """
+    held_bytes: _builtins.int
+    """The same as measured from its tensors, in bytes."""
+    resident_bytes: _builtins.int
+    """The same as measured from outside when the load had ended: anonymous resident memory of the
+    process on a CPU, what the allocator had given out on a GPU; in bytes.
+    """
+    baseline_bytes: _builtins.int
+    """Anonymous memory of the process before it loaded anything; of no budget; in bytes."""
+    context_bytes: _builtins.int
+    """Of a GPU, its context with kernels, and other processes, in bytes; 0 on a CPU."""
+    headroom_bytes: _builtins.int
+    """What the budget leaves beside what is held and the workspace, in bytes, negative where it is
+    exceeded; absent: there is no limit.
+    """
+    kv_tokens: _builtins.int
+    """Tokens whose keys and values fit the KV cache."""
+    @_builtins.property
+    def differences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Where prediction and measurement differ by more than 2 %, in words for people; empty: nowhere."""
+
     def __init__(
         self,
         *,
@@ -92,12 +156,35 @@ class StageMemory(_message.Message):
         rss_anon_bytes: _builtins.int = ...,
         budget_bytes: _builtins.int = ...,
         gpu_bytes: _builtins.int = ...,
+        predicted_embedding_bytes: _builtins.int = ...,
+        embedding_bytes: _builtins.int = ...,
+        predicted_head_bytes: _builtins.int = ...,
+        head_bytes: _builtins.int = ...,
+        predicted_kv_cache_bytes: _builtins.int = ...,
+        predicted_host_bytes: _builtins.int = ...,
+        host_bytes: _builtins.int = ...,
+        measured_workspace_bytes: _builtins.int | None = ...,
+        predicted_held_bytes: _builtins.int = ...,
+        held_bytes: _builtins.int = ...,
+        resident_bytes: _builtins.int = ...,
+        baseline_bytes: _builtins.int = ...,
+        context_bytes: _builtins.int = ...,
+        headroom_bytes: _builtins.int | None = ...,
+        kv_tokens: _builtins.int = ...,
+        differences: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_headroom_bytes", b"_headroom_bytes", "_measured_workspace_bytes", b"_measured_workspace_bytes", "headroom_bytes", b"headroom_bytes", "measured_workspace_bytes", b"measured_workspace_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "gpu_bytes", b"gpu_bytes", "kv_cache_bytes", b"kv_cache_bytes", "predicted_weight_bytes", b"predicted_weight_bytes", "rss_anon_bytes", b"rss_anon_bytes", "weight_bytes", b"weight_bytes", "workspace_bytes", b"workspace_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_headroom_bytes", b"_headroom_bytes", "_measured_workspace_bytes", b"_measured_workspace_bytes", "baseline_bytes", b"baseline_bytes", "budget_bytes", b"budget_bytes", "context_bytes", b"context_bytes", "differences", b"differences", "embedding_bytes", b"embedding_bytes", "gpu_bytes", b"gpu_bytes", "head_bytes", b"head_bytes", "headroom_bytes", b"headroom_bytes", "held_bytes", b"held_bytes", "host_bytes", b"host_bytes", "kv_cache_bytes", b"kv_cache_bytes", "kv_tokens", b"kv_tokens", "measured_workspace_bytes", b"measured_workspace_bytes", "predicted_embedding_bytes", b"predicted_embedding_bytes", "predicted_head_bytes", b"predicted_head_bytes", "predicted_held_bytes", b"predicted_held_bytes", "predicted_host_bytes", b"predicted_host_bytes", "predicted_kv_cache_bytes", b"predicted_kv_cache_bytes", "predicted_weight_bytes", b"predicted_weight_bytes", "resident_bytes", b"resident_bytes", "rss_anon_bytes", b"rss_anon_bytes", "weight_bytes", b"weight_bytes", "workspace_bytes", b"workspace_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__headroom_bytes: _TypeAlias = _typing.Literal["headroom_bytes"]  # noqa: Y015
+    _WhichOneofArgType__headroom_bytes: _TypeAlias = _typing.Literal["_headroom_bytes", b"_headroom_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__measured_workspace_bytes: _TypeAlias = _typing.Literal["measured_workspace_bytes"]  # noqa: Y015
+    _WhichOneofArgType__measured_workspace_bytes: _TypeAlias = _typing.Literal["_measured_workspace_bytes", b"_measured_workspace_bytes"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__headroom_bytes) -> _WhichOneofReturnType__headroom_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__measured_workspace_bytes) -> _WhichOneofReturnType__measured_workspace_bytes | None: ...
 
 Global___StageMemory: _TypeAlias = StageMemory  # noqa: Y015
 
