@@ -59,9 +59,14 @@ class Metrics:
         self._define_pipeline()
         self._define_deployment()
         self._define_stages()
-        for stage in range(num_stages):
-            self._stage_busy.labels(str(stage))
+        self._busy_of: list[Counter] = []
+        """By stage: looking a label up takes longer than counting."""
+        self._expect_stages(num_stages)
         self._totals: dict[Counter, int] = {}
+
+    def _expect_stages(self, number: int) -> None:
+        for stage in range(len(self._busy_of), number):
+            self._busy_of.append(self._stage_busy.labels(str(stage)))
 
     # -- definitions -------------------------------------------------------------------------
 
@@ -270,8 +275,10 @@ class Metrics:
             alone: it met no other; else it also waited for others, and its overhead is not known.
         """
         self._step_time.observe(wall_s)
-        for stage, seconds in enumerate(forward_s):
-            self._stage_busy.labels(str(stage)).inc(seconds)
+        if len(forward_s) > len(self._busy_of):
+            self._expect_stages(len(forward_s))
+        for busy, seconds in zip(self._busy_of, forward_s, strict=False):
+            busy.inc(seconds)
         if alone and forward_s:
             overhead = max(0.0, wall_s - sum(forward_s))
             self._overhead.observe(overhead)
