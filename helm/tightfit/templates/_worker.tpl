@@ -7,7 +7,7 @@
 {{- $nodes := int (default 1 $pool.nodes) -}}
 {{- $gpus := 0 -}}
 {{- if eq "gpu" (include "tightfit.kind" (dict "root" $root "type" $pool.devices.type)) }}{{ $gpus = $devices }}{{ end -}}
-- groupName: {{ .name }}
+- groupName: {{ .name | quote }}
   replicas: {{ $nodes }}
   minReplicas: {{ $nodes }}
   maxReplicas: {{ $nodes }}
@@ -21,7 +21,7 @@
       labels:
         {{- include "tightfit.labels" $root | nindent 8 }}
         app.kubernetes.io/component: worker
-        tightfit/pool: {{ .name }}
+        tightfit/pool: {{ .name | quote }}
         {{- with $pool.podLabels }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
@@ -36,8 +36,8 @@
       terminationGracePeriodSeconds: {{ add .end 45 }}
       containers:
         - name: ray-worker
-          image: {{ include "tightfit.image" $root }}
-          imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+          image: {{ include "tightfit.image" $root | quote }}
+          imagePullPolicy: {{ $root.Values.image.pullPolicy | quote }}
           ports:
             - name: raylet
               containerPort: 6380
@@ -69,14 +69,14 @@
             - name: shm
               mountPath: /dev/shm
             - name: models
-              mountPath: {{ $root.Values.models.mountPath }}
+              mountPath: {{ $root.Values.models.mountPath | quote }}
               readOnly: true
       volumes:
         {{- include "tightfit.scratchVolumes" $root | nindent 8 }}
         - name: shm
           emptyDir:
             medium: Memory
-            sizeLimit: {{ default $defaults.shmSize $pool.shmSize }}
+            sizeLimit: {{ default $defaults.shmSize $pool.shmSize | quote }}
         {{- include "tightfit.modelVolume" (dict "root" $root "override" $pool.modelVolume) | nindent 8 }}
 {{- end -}}
 
