@@ -59,9 +59,14 @@ class Metrics:
         self._define_pipeline()
         self._define_deployment()
         self._define_stages()
-        for stage in range(num_stages):
-            self._stage_busy.labels(str(stage))
+        self._busy_of: list[Counter] = []
+        """By stage: looking a label up takes longer than counting."""
+        self._expect_stages(num_stages)
         self._totals: dict[Counter, int] = {}
+
+    def _expect_stages(self, number: int) -> None:
+        for stage in range(len(self._busy_of), number):
+            self._busy_of.append(self._stage_busy.labels(str(stage)))
 
     # -- definitions -------------------------------------------------------------------------
 
@@ -206,6 +211,19 @@ class Metrics:
         self._gpu_bytes = self._gauge(
             "stage_gpu_bytes", "Given out to a stage by its GPU's allocator.", ["stage"]
         )
+        self._predicted_held_bytes = self._gauge(
+            "stage_predicted_held_bytes", "Weights and KV cache of a stage, from shapes.", ["stage"]
+        )
+        self._resident_bytes = self._gauge(
+            "stage_resident_bytes",
+            "The same as the kernel, or the GPU's allocator, saw it when the stage had loaded.",
+            ["stage"],
+        )
+        self._differences = self._gauge(
+            "stage_memory_differences",
+            "In how many ways a stage's memory differs from what was predicted.",
+            ["stage"],
+        )
         self._total_bytes = self._gauge(
             "stage_memory_bytes", "Weights, KV cache and workspace of a stage.", ["stage"]
         )
@@ -257,8 +275,10 @@ class Metrics:
             alone: it met no other; else it also waited for others, and its overhead is not known.
         """
         self._step_time.observe(wall_s)
-        for stage, seconds in enumerate(forward_s):
-            self._stage_busy.labels(str(stage)).inc(seconds)
+        if len(forward_s) > len(self._busy_of):
+            self._expect_stages(len(forward_s))
+        for busy, seconds in zip(self._busy_of, forward_s, strict=False):
+            busy.inc(seconds)
         if alone and forward_s:
             overhead = max(0.0, wall_s - sum(forward_s))
             self._overhead.observe(overhead)
@@ -317,6 +337,9 @@ class Metrics:
             self._workspace_bytes.labels(stage).set(memory.workspace_bytes)
             self._rss_bytes.labels(stage).set(memory.rss_anon_bytes)
             self._gpu_bytes.labels(stage).set(memory.gpu_bytes)
+            self._predicted_held_bytes.labels(stage).set(memory.predicted_held_bytes)
+            self._resident_bytes.labels(stage).set(memory.resident_bytes)
+            self._differences.labels(stage).set(len(memory.differences))
             self._total_bytes.labels(stage).set(memory.total_bytes)
             if memory.budget_bytes is not None:
                 self._budget_bytes.labels(stage).set(memory.budget_bytes)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-ANSWER_LIMIT_S = 30.0
+ANSWER_LIMIT_S = 60.0
 
 
 class Browser:
@@ -108,7 +108,7 @@ class Browser:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
-    def wait_for(self, script: str, limit_s: float = 20.0) -> bool:
+    def wait_for(self, script: str, limit_s: float = 40.0) -> bool:
         """Until a JavaScript expression is true; False at the limit."""
         deadline = time.monotonic() + limit_s
         while not self.run(script):

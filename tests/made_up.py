@@ -67,7 +67,9 @@ class MadeUp:
             memory=StageMemory(
                 predicted_weight_bytes=predicted, weight_bytes=weights,
                 kv_cache_bytes=int(5.1 * GIB), workspace_bytes=int(0.7 * GIB),
-                rss_anon_bytes=0, budget_bytes=max(int(22.1 * GIB), weights + 6 * GIB),
-                num_kv_blocks=4096, gpu_bytes=weights + int(5.9 * GIB),
+                predicted_kv_cache_bytes=int(5.1 * GIB), rss_anon_bytes=0,
+                loaded_gpu_bytes=weights + int(5.1 * GIB), num_kv_blocks=4096,
+                budget_bytes=max(int(22.1 * GIB), weights + 6 * GIB),
+                gpu_bytes=weights + int(5.9 * GIB),
             ),
         )  # fmt: skip

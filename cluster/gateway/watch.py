@@ -105,13 +105,14 @@ class RequestWatch:
         """It was refused with this gRPC status. Why is for its caller alone: the reason may quote
         the prompt."""
         self._metrics.count_refused(status)
-        log.info("refused", extra={"method": self._method, "status": status})
+        fields = {"method": self._method, "status": status, "client": _client()}
+        log.info("refused", extra={name: value for name, value in fields.items() if value})
 
     def ended(self, reason: FinishReason, steps: Sequence[StepTiming]) -> None:
         """It was queued, and has ended; `steps`: those to show in its trace."""
         request = self._request
         assert request is not None, "only what was queued can end"
-        queued_s, caller = self._queued_s, current_caller.get()
+        queued_s = self._queued_s
         record = RequestRecord(
             request_id=request.request_id,
             method=self._method,
@@ -126,7 +127,7 @@ class RequestWatch:
             num_generated_tokens=self._num_generated,
             num_sequences=request.sampling.n,
             recomputed_s=tuple(self._recomputed_s),
-            client=None if caller is None else caller.token.name,
+            client=_client(),
         )
         if self._tracer is not None:
             trace_id = self._tracer.export(record, self._metadata, steps)
@@ -134,6 +135,12 @@ class RequestWatch:
         self._metrics.count_finished(record)
         if log.isEnabledFor(logging.INFO):
             log.info("finished", extra=log_fields(record))
+
+
+def _client() -> str | None:
+    """Name of the token that this call came with."""
+    caller = current_caller.get()
+    return None if caller is None else caller.token.name
 
 
 def log_fields(record: RequestRecord) -> dict[str, object]:

@@ -3,7 +3,7 @@
 // Asks for live.json once a second and draws it. Text is only ever set as text: nothing that comes
 // from the service is read as HTML.
 
-const POLL_MS = 1000, STALE_S = 4, SPARK_S = 180, MAX_DOTS = 40, DENSE = 8, LINK_Y = 40, TOLERANCE = 0.02;
+const POLL_MS = 1000, STALE_S = 4, SPARK_S = 180, MAX_DOTS = 40, DENSE = 8, LINK_Y = 40;
 const SVG = "http://www.w3.org/2000/svg";
 const find = (id) => document.getElementById(id);
 let drawn = "";          // which stages the cells were made for
@@ -196,8 +196,9 @@ function drawStage(cell, stage, live, scale) {
   say(cell.values.process, bytes(memory.process_bytes));
   const off = memory.predicted_weight_bytes
     ? (memory.weight_bytes - memory.predicted_weight_bytes) / memory.predicted_weight_bytes : 0;
-  const mark = make("b", Math.abs(off) > TOLERANCE ? "off" : "",
+  const mark = make("b", memory.differences.length ? "off" : "",
     `${off >= 0 ? "+" : "−"}${(100 * Math.abs(off)).toFixed(2)} %`);
+  cell.checked.title = memory.differences.join("; ");
   if (live.stages.length > DENSE) cell.checked.replaceChildren(whole, make("br"), "weights as planned ", mark);
   else cell.checked.replaceChildren(`predicted ${bytes(memory.predicted_weight_bytes)}, off `, mark);
 }

@@ -129,6 +129,7 @@ def _stage(stage: StageStatus, before: Sample, after: Sample) -> dict[str, Any]:
             "host_bytes": memory.host_bytes,
             "total_bytes": memory.total_bytes,
             "budget_bytes": memory.budget_bytes,
+            "differences": list(memory.differences),
             "process_bytes": memory.gpu_bytes or memory.rss_anon_bytes,
         },
     }

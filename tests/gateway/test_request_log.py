@@ -3,12 +3,16 @@
 import logging
 import random
 from contextlib import contextmanager
+from datetime import UTC, datetime
 
 import grpc
 import pytest
 from fake_engine import CONTEXT, FakeEngine, connected, in_loop, serving
 from prometheus_client import generate_latest
 
+from tightfit.cluster.gateway.auth import GatewaySecurity
+from tightfit.cluster.security.store import TokenStore
+from tightfit.cluster.security.tokens import Token, digest, encode, new_secret
 from tightfit.v1 import inference_pb2, inference_pb2_grpc
 from tightfit.workers.logs import TextFormatter
 
@@ -82,6 +86,28 @@ async def test_every_line_that_concerns_a_request_has_its_id():
         "request_id=r-3 ", ""
     )
     assert "request_id=r-3" in lines[-1]
+
+
+@in_loop
+async def test_with_tokens_the_lines_say_whose_token_came_and_never_the_token(tmp_path):
+    file, secret = tmp_path / "tokens.json", new_secret()
+    file.write_bytes(
+        encode([Token(name="alice", sha256=digest(secret), created=datetime.now(UTC))])
+    )
+    security = GatewaySecurity(tokens=TokenStore(file))
+    metadata = (("authorization", f"Bearer {secret}"),)
+    with logged() as (records, lines):
+        async with serving(security=security) as gateway, connected(gateway) as channel:
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            await stub.Generate(wanted(), metadata=metadata)
+            with pytest.raises(grpc.aio.AioRpcError):
+                await stub.Generate(wanted(model="other"), metadata=metadata)
+    told = [record for record in records if record.name == "tightfit.request"]
+    assert [(r.getMessage(), r.client) for r in told] == [
+        ("finished", "alice"),
+        ("refused", "alice"),
+    ]
+    assert not any(secret in line for line in lines)
 
 
 @in_loop

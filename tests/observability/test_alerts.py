@@ -74,8 +74,7 @@ WELL = {
     **histogram("inter_token_latency_seconds", 0.1),
     **histogram("step_overhead_per_stage_seconds", 0.001),
     **stages("stage_busy_seconds_total", rising(0.8), rising(0.5)),
-    **stages("stage_predicted_weight_bytes", constant(1e9), constant(1e9)),
-    **stages("stage_weight_bytes", constant(1.01e9), constant(1e9)),
+    **stages("stage_memory_differences", constant(0), constant(0)),
     **stages("stage_memory_budget_bytes", constant(2e9), constant(2e9)),
     **stages("stage_rss_anon_bytes", constant(2.1e9), constant(1e9)),
 }
@@ -99,7 +98,7 @@ TROUBLE = {
         f"tightfit_stage_status_timestamp_seconds{{{L}}}": f"0+{STEP_S}x100 3000+0x{STEPS - 100}"
     },
     "TightfitStageMemoryGrows": stages("stage_rss_anon_bytes", constant(2.6e9), constant(1e9)),
-    "TightfitMemoryMispredicted": stages("stage_weight_bytes", constant(1.03e9), constant(1e9)),
+    "TightfitMemoryMispredicted": stages("stage_memory_differences", constant(0), constant(2)),
     "TightfitStagesUnbalanced": stages("stage_busy_seconds_total", rising(0.9), rising(0.3)),
     "TightfitStepOverheadHigh": histogram("step_overhead_per_stage_seconds", 0.02),
 }  # fmt: skip
