@@ -51,7 +51,12 @@ def nested(path: str, value: Any) -> dict[str, Any]:
 
 
 def run_helm(
-    major: int, command: str, values: dict[str, Any], directory: Path, *flags: str
+    major: int,
+    command: str,
+    values: dict[str, Any],
+    directory: Path,
+    *flags: str,
+    chart: Path = CHART,
 ) -> subprocess.CompletedProcess[str]:
     """`helm template` or `helm lint` with these values."""
     file = directory / "values.yaml"
@@ -59,7 +64,7 @@ def run_helm(
     file.write_text(json.dumps(values, ensure_ascii=False))
     release = ["r"] if command == "template" else []
     return subprocess.run(
-        [helm_binary(major), command, *release, CHART, "--values", file, *flags],
+        [helm_binary(major), command, *release, chart, "--values", file, *flags],
         capture_output=True,
         text=True,
         check=False,
@@ -68,9 +73,11 @@ def run_helm(
     )
 
 
-def render(values: dict[str, Any], directory: Path, major: int = 4) -> list[dict[str, Any]]:
+def render(
+    values: dict[str, Any], directory: Path, major: int = 4, chart: Path = CHART
+) -> list[dict[str, Any]]:
     """The objects that an install would create, hooks and tests among them."""
-    done = run_helm(major, "template", values, directory, "--namespace", "ns")
+    done = run_helm(major, "template", values, directory, "--namespace", "ns", chart=chart)
     assert done.returncode == 0, done.stderr
     return parse(done.stdout)
 
