@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,14 @@ _spec.loader.exec_module(tool)
 BASE: dict[str, Any] = yaml.safe_load((CHART / "ci" / "gpu.yaml").read_text())
 """Values that install a model on one pool of GPUs."""
 EVERYTHING: dict[str, Any] = yaml.safe_load((CHART / "ci" / "everything.yaml").read_text())
+
+
+def document() -> tuple[dict[str, Any], list[str]]:
+    """Values and commands of docs/deploy-kubernetes.md."""
+    text = (ROOT / "docs" / "deploy-kubernetes.md").read_text()
+    found = re.search(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert found is not None
+    return yaml.safe_load(found[1]), re.findall(r"^\$ (.+)$", text, re.MULTILINE)
 
 
 def helm_binary(major: int) -> Path:
