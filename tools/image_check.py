@@ -130,7 +130,10 @@ def copy(step: Step, root: Path, roots: dict[str, Path]) -> None:
     """COPY, from the project or from a stage."""
     flags = [word for word in step.text.split() if word.startswith("--")]
     *sources, target = [word for word in step.text.split() if not word.startswith("--")]
-    goal = root / step.directory.lstrip("/") / target
+    # Joined as text: an absolute path would lead out of the stage, to this machine's own files.
+    goal = Path(f"{root}/{target if target.startswith('/') else f'{step.directory}/{target}'}")
+    if ".." in goal.parts:
+        raise ValueError(f"COPY {step.text}: leads out of the image")
     if flags:
         [stage] = [flag.removeprefix("--from=") for flag in flags]
         copies = [(roots[stage] / source.lstrip("/"), goal) for source in sources]

@@ -115,7 +115,7 @@ function drawTiles(live) {
   width(prefixShare, share);
   const recoveries = live.epoch > 1 ? ` · ${count(live.epoch - 1)} recoveries` : "";
   say(prefixNote, `${count(load.preemptions)} preemptions${recoveries} · `
-    + `${count(load.generated_tokens)} tokens so far`);
+    + `${count(load.generated_tokens)} tokens`);
 }
 
 // -- the pipeline -------------------------------------------------------------------------------

@@ -99,3 +99,20 @@ def test_variables_users_and_directories_hold_for_the_steps_after_them():
         "b", "a:1", "a  b", "5", "/w2",
     )  # fmt: skip
     assert run.environment["Y"] == "7/y"
+
+
+def test_copies_stay_below_the_root_of_their_stage(tmp_path):
+    from image_check import copy
+
+    text = "FROM a:1 AS b\nFROM a:1\nWORKDIR /w\nCOPY --from=b /opt/x /opt/x\nCOPY README.md ./\n"
+    text += "COPY README.md ../../y\n"
+    _, image = read_dockerfile(text)
+    source, root = tmp_path / "b", tmp_path / "root"
+    (source / "opt" / "x").mkdir(parents=True)
+    _, of_stage, of_project, outside = image.steps
+    copy(of_stage, root, {"b": source})
+    copy(of_project, root, {})
+    assert (root / "opt" / "x").is_dir()
+    assert (root / "w" / "README.md").is_file()
+    with pytest.raises(ValueError, match="leads out of the image"):
+        copy(outside, root, {})

@@ -3,13 +3,13 @@
 import http.client
 import json
 import os
-import socket
 import ssl
 from contextlib import ExitStack
 
 import pytest
 from certificates import Certificates
 from fake_engine import FakeEngine
+from free_ports import free_port
 from prometheus_client import CollectorRegistry
 from served import wait_for
 
@@ -18,12 +18,6 @@ from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.metrics import Metrics
 from tightfit.cluster.observing import show
 from tightfit.cluster.security.tokens import digest, encode, read
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def configured(**settings):
