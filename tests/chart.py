@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,14 @@ _spec.loader.exec_module(tool)
 BASE: dict[str, Any] = yaml.safe_load((CHART / "ci" / "gpu.yaml").read_text())
 """Values that install a model on one pool of GPUs."""
 EVERYTHING: dict[str, Any] = yaml.safe_load((CHART / "ci" / "everything.yaml").read_text())
+
+
+def document() -> tuple[dict[str, Any], list[str]]:
+    """Values and commands of docs/deploy-kubernetes.md."""
+    text = (ROOT / "docs" / "deploy-kubernetes.md").read_text()
+    found = re.search(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert found is not None
+    return yaml.safe_load(found[1]), re.findall(r"^\$ (.+)$", text, re.MULTILINE)
 
 
 def helm_binary(major: int) -> Path:
@@ -51,7 +60,12 @@ def nested(path: str, value: Any) -> dict[str, Any]:
 
 
 def run_helm(
-    major: int, command: str, values: dict[str, Any], directory: Path, *flags: str
+    major: int,
+    command: str,
+    values: dict[str, Any],
+    directory: Path,
+    *flags: str,
+    chart: Path = CHART,
 ) -> subprocess.CompletedProcess[str]:
     """`helm template` or `helm lint` with these values."""
     file = directory / "values.yaml"
@@ -59,7 +73,7 @@ def run_helm(
     file.write_text(json.dumps(values, ensure_ascii=False))
     release = ["r"] if command == "template" else []
     return subprocess.run(
-        [helm_binary(major), command, *release, CHART, "--values", file, *flags],
+        [helm_binary(major), command, *release, chart, "--values", file, *flags],
         capture_output=True,
         text=True,
         check=False,
@@ -68,9 +82,11 @@ def run_helm(
     )
 
 
-def render(values: dict[str, Any], directory: Path, major: int = 4) -> list[dict[str, Any]]:
+def render(
+    values: dict[str, Any], directory: Path, major: int = 4, chart: Path = CHART
+) -> list[dict[str, Any]]:
     """The objects that an install would create, hooks and tests among them."""
-    done = run_helm(major, "template", values, directory, "--namespace", "ns")
+    done = run_helm(major, "template", values, directory, "--namespace", "ns", chart=chart)
     assert done.returncode == 0, done.stderr
     return parse(done.stdout)
 

@@ -267,6 +267,11 @@ class ServeConfig:
         """Raises ConfigError where settings do not go together."""
         if self.plan is not None and self.stages is not None:
             raise ConfigError("serve.plan and serve.stages exclude each other: give one of them")
+        if self.ray_join and ":" not in (self.ray_address or ""):
+            raise ConfigError(
+                "serve.ray_join needs the head's address, serve.ray_address as host:port: a node "
+                "of the cluster does not have to join it"
+            )
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("serve.tls_cert and serve.tls_key go together: give both")
         if self.tls_client_ca is not None and self.tls_cert is None:

@@ -1,9 +1,12 @@
 """The chart in many combinations of its values: what comes out is what an API server takes."""
 
+import shutil
+
 import chart_schemas
 import jsonschema
 import pytest
-from chart import BASE, EVERYTHING, MAJORS, find, nested, over, parse, render, run_helm
+import yaml
+from chart import BASE, CHART, EVERYTHING, MAJORS, ROOT, find, nested, over, parse, render, run_helm
 
 CPU_TYPE = {
     "memory": "8GiB",
@@ -169,10 +172,32 @@ def test_notes_say_what_comes_next(tmp_path):
     assert "4 cuda device(s) in 1 pool(s): 1 replica(s) of 4 stage(s)" in done.stdout
 
 
-def test_without_the_files_of_rules_and_dashboards_nothing_is_made_of_them(tmp_path):
-    kinds = [tree["kind"] for tree in render(values_of("as it is"), tmp_path)]
+def test_rules_and_dashboard_are_the_charts_files_as_they_are(tmp_path):
+    chart = tmp_path / "chart"
+    shutil.copytree(CHART, chart)
+    shutil.rmtree(chart / "files", ignore_errors=True)
+    values = values_of("monitoring")
+    kinds = [tree["kind"] for tree in render(values, tmp_path, chart=chart)]
     assert "PrometheusRule" not in kinds
-    assert "ServiceMonitor" not in kinds
+    assert "ServiceMonitor" in kinds
+    (chart / "files").mkdir()
+    alert = {"alert": "A", "expr": "up == 0", "annotations": {"summary": "{{ $labels.job }}"}}
+    rules = {"groups": [{"name": "a", "rules": [alert]}]}
+    (chart / "files" / "rules.yaml").write_text(f"# Rules.\n{yaml.safe_dump(rules)}")
+    (chart / "files" / "dashboard.json").write_text('{"title": "{{ a }}"}\n')
+    objects = render(values, tmp_path, chart=chart)
+    assert find(objects, "PrometheusRule")["spec"] == rules
+    dashboard = find(objects, "ConfigMap", "dashboard")
+    assert dashboard["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert dashboard["data"]["tightfit.json"].strip() == '{"title": "{{ a }}"}'
+
+
+def test_autoscaling_goes_by_a_metric_that_there_is(tmp_path):
+    (metric,) = find(render(values_of("HPA"), tmp_path), "HorizontalPodAutoscaler")["spec"][
+        "metrics"
+    ]
+    name = metric["pods"]["metric"]["name"].removeprefix("tightfit_")
+    assert f'"{name}"' in (ROOT / "cluster" / "metrics.py").read_text()
 
 
 def test_a_manifest_with_a_key_twice_would_be_noticed():

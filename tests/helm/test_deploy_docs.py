@@ -11,13 +11,11 @@ import subprocess
 import chart_schemas
 import pytest
 import yaml
-from chart import CHART, MAJORS, ROOT, helm_binary, render, tool
+from chart import CHART, MAJORS, document, helm_binary, render, tool
 
 from tightfit.cluster import cli
 
-TEXT = (ROOT / "docs" / "deploy-kubernetes.md").read_text()
-VALUES = yaml.safe_load(re.search(r"```yaml\n(.*?)```", TEXT, re.DOTALL)[1])
-COMMANDS = re.findall(r"^\$ (.+)$", TEXT, re.MULTILINE)
+VALUES, COMMANDS = document()
 
 
 def of(program, *verbs):

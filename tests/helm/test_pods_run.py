@@ -1,8 +1,11 @@
 """The pods of a rendered manifest, run in namespaces: a prompt goes through all of them."""
 
+import copy
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -101,6 +104,26 @@ def start_cluster(node, objects):
             node.start(f"{group['groupName']}-{number}", group["template"], command=command)
 
 
+def probed(pod):
+    """What the kubelet would hear from each of the container's probes."""
+    script = (
+        "import sys, grpc; from grpc_health.v1 import health_pb2, health_pb2_grpc;"
+        "stub = health_pb2_grpc.HealthStub(grpc.insecure_channel(sys.argv[1]));"
+        "request = health_pb2.HealthCheckRequest(service=sys.argv[2]);"
+        "print(health_pb2.HealthCheckResponse.ServingStatus.Name(stub.Check(request).status))"
+    )
+    found = {}
+    for name in ("startupProbe", "readinessProbe", "livenessProbe"):
+        probe = pod.container[name]["grpc"]
+        target = f"{pod.address}:{probe['port']}"
+        command = ["ip", "netns", "exec", pod.namespace, sys.executable, "-c", script]
+        done = subprocess.run(
+            [*command, target, probe["service"]], capture_output=True, text=True, check=True
+        )
+        found[name] = done.stdout.strip()
+    return found
+
+
 def test_a_prompt_goes_through_head_workers_and_gateway(objects, secrets, models, tmp_path):
     templates = pod_templates(objects)
     with pods.Node(tmp_path, objects, secrets=secrets, claims={"models": models}) as node:
@@ -108,12 +131,19 @@ def test_a_prompt_goes_through_head_workers_and_gateway(objects, secrets, models
         # The Service's port leads to the container's of that name; here they are the same.
         place = node.reserve(find(objects, "Deployment")["metadata"]["name"], "r-tightfit")
         gateway = node.start("gateway", templates["Deployment r-tightfit-gateway"], place=place)
-        gateway.wait_for("ready: ", 90)
+        gateway.wait_for("ready: ", 240)
+        assert set(probed(gateway).values()) == {"SERVING"}
 
         ask = templates["Pod r-tightfit-test-prompt"]
         answer = node.start("test", ask)
         assert answer.wait(60) == 0, answer.output
         assert "Paris" in answer.output
+
+        stranger = copy.deepcopy(ask)
+        stranger["spec"]["containers"][0].pop("env")
+        refused = node.start("stranger", stranger)
+        assert refused.wait(60) == 1
+        assert "UNAUTHENTICATED" in refused.output
 
         gateway.terminate()
         assert gateway.wait(60) == 0, gateway.output
