@@ -1,6 +1,6 @@
 # Tightfit for NVIDIA GPUs, for the chart in helm/ and for `docker run`. Needs a driver of 580 or later on the host.
 #   docker build --tag tightfit:0.1.0 .
-# The steps run in `make image-check`, on Debian and without CUDA; the image itself has never been built there.
+# `make image-check` runs the steps on Debian, without CUDA and without a container engine.
 
 FROM nvidia/cuda:13.0.1-base-ubuntu24.04 AS build
 # Mirrors keep the newest version of a package only: a pinned one would soon break this.
