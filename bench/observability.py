@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import signal
 import statistics
 import sys
 import threading
@@ -31,7 +32,7 @@ from tightfit.cluster.scheduling.config import SchedulerCounts
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 import harness
 
-STREAMS, TOKENS = 16, 48
+STREAMS, TOKENS = 16, 32
 SCRAPE_S = 1.0
 STAGES = 2
 LOOPS = 5000
@@ -113,6 +114,7 @@ def paired(pairs: int) -> dict[str, object]:
                         continue
                     with watching(f"http://{metrics}/metrics", f"http://{live}/live.json"):
                         rates.append(tokens_per_s(service, pair))
+                print(f"pair {pair}: {plain[-1]:.1f}, {watched[-1]:.1f} tokens/s", file=sys.stderr)
         time.sleep(6)  # the last batch of spans
         if sum(spans) < (pairs + 1) * STREAMS:
             raise SystemExit(f"only {sum(spans)} spans came")
@@ -154,11 +156,16 @@ def counting() -> dict[str, float]:
     return {"step_us": each(step), "token_us": each(lambda: metrics.observe_inter_token(0.01))}
 
 
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=20, help="loads of each service")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, _interrupted)  # so that services are ended then, too
     figures = {"machine": harness.machine(), "counting": counting(), "watched": paired(args.pairs)}
     print(json.dumps(figures, indent=1))
 
