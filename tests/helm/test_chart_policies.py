@@ -74,7 +74,7 @@ def test_what_is_written_is_a_volume(objects):
 def test_secrets_are_named_and_never_written_out(objects):
     for where, container in containers(objects).items():
         for variable in container.get("env", []):
-            if re.search("TOKEN|KEY|PASSWORD|SECRET", variable["name"]):
+            if re.search("(TOKEN|KEY|PASSWORD|SECRET)$", variable["name"]):
                 assert set(variable) == {"name", "valueFrom"}, where
                 assert "secretKeyRef" in variable["valueFrom"], where
     assert not [tree for tree in objects if tree["kind"] == "Secret"]
@@ -86,9 +86,14 @@ def test_ray_wants_its_token_on_every_node(objects):
     for where, container in containers(objects).items():
         if where.split(":")[0].split()[0] not in LONG_LIVED or "wait-for" in where:
             continue
-        variables = {variable["name"]: variable for variable in container["env"]}
-        assert variables["RAY_AUTH_MODE"]["value"] == "token", where
-        assert variables["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"]["name"] == "tightfit-ray"
+        variables = {variable["name"]: variable.get("value") for variable in container["env"]}
+        assert variables["RAY_AUTH_MODE"] == "token", where
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        directory, _, file = variables["RAY_AUTH_TOKEN_PATH"].rpartition("/")
+        volumes = pod_templates(objects)[where.split(": ")[0]]["spec"]["volumes"]
+        (secret,) = (v["secret"] for v in volumes if v["name"] == mounts[directory])
+        assert secret["secretName"] == "tightfit-ray"
+        assert [item["path"] for item in secret["items"]] == [file]
 
 
 def test_selectors_find_their_pods_and_no_others(objects):
@@ -169,10 +174,10 @@ def test_a_pod_has_more_time_to_end_than_its_drain_takes(objects):
             assert drain < int(waits["value"]) < pod["spec"]["terminationGracePeriodSeconds"]
 
 
-def test_loading_may_take_an_hour_and_a_full_queue_restarts_nothing(objects):
+def test_loading_may_take_more_than_an_hour_and_a_full_queue_restarts_nothing(objects):
     (gateway,) = find(objects, "Deployment")["spec"]["template"]["spec"]["containers"]
     startup = gateway["startupProbe"]
-    assert startup["failureThreshold"] * startup["periodSeconds"] == 3600
+    assert startup["failureThreshold"] * startup["periodSeconds"] == 5400
     assert gateway["readinessProbe"]["grpc"]["service"] == "tightfit.v1.InferenceService"
     assert gateway["livenessProbe"]["grpc"]["service"] == "liveness"
 

@@ -57,6 +57,7 @@ BY_TEMPLATE = {
     "gateway.autoscaling.prometheusAddress": ("", "missing; KEDA asks it"),
     "gateway.ingress.host": ("", "missing"),
     "gateway.grpcRoute.parentRefs": ([], "missing"),
+    "gateway.startupSeconds": (4499, "4499 is less than serve.placement_timeout_s and"),
     "gateway.metricsPort": (50051, "two of them are the same"),
     "gateway.modelVolume": ({}, "there is no other volume"),
     "pools.big.modelVolume": ({}, "there is no other volume"),

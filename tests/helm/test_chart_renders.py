@@ -81,7 +81,11 @@ VALUES = {
     "default account": {"serviceAccount": {"create": False}},
     "own user": {"podSecurity": {"userId": 2000, "groupId": 3000}},
     "names": {"fullnameOverride": "a" * 40, "nameOverride": "b" * 40},
-    "no drain": {"gateway": {"drainSeconds": 0, "preStopSeconds": 0, "startupSeconds": 10}},
+    "no drain": {"gateway": {"drainSeconds": 0, "preStopSeconds": 0}},
+    "in a hurry": {
+        "gateway": {"startupSeconds": 15},
+        "serve": {"placement_timeout_s": 4.5, "load_timeout_s": 10},
+    },
     "numbers": {"serve": {"max_queued_tokens": 123456789, "llm_int8_threshold": 5.5}},
 }  # fmt: skip
 

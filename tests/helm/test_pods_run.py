@@ -132,6 +132,7 @@ def test_a_prompt_goes_through_head_workers_and_gateway(objects, secrets, models
         place = node.reserve(find(objects, "Deployment")["metadata"]["name"], "r-tightfit")
         gateway = node.start("gateway", templates["Deployment r-tightfit-gateway"], place=place)
         gateway.wait_for("ready: ", 240)
+        assert "5" * 64 not in str(gateway.environment())
         assert set(probed(gateway).values()) == {"SERVING"}
 
         ask = templates["Pod r-tightfit-test-prompt"]

@@ -74,11 +74,22 @@ runtimeClassName: {{ . | quote }}
   value: "0"
 - name: RAY_AUTH_MODE
   value: token
-- name: RAY_AUTH_TOKEN
-  valueFrom:
-    secretKeyRef:
-      name: {{ .Values.ray.auth.existingSecret | quote }}
-      key: {{ .Values.ray.auth.key | quote }}
+- name: RAY_AUTH_TOKEN_PATH  # a file: a variable would be in the environment of every process of the pod
+  value: /etc/tightfit/ray/token
+{{- end -}}
+
+{{- define "tightfit.rayMount" -}}
+- name: ray-token
+  mountPath: /etc/tightfit/ray
+  readOnly: true
+{{- end -}}
+
+{{- define "tightfit.rayVolume" -}}
+- name: ray-token
+  secret:
+    secretName: {{ .Values.ray.auth.existingSecret | quote }}
+    defaultMode: 0440
+    items: [{key: {{ .Values.ray.auth.key | quote }}, path: token}]
 {{- end -}}
 
 {{/* A hub's cache is on the models' volume, where there is one (`home`), so that every stage finds what was downloaded. */}}

@@ -33,6 +33,10 @@ gateway.auth.existingSecret: missing; name a secret with what `tightfit token` w
 {{- if and $g.tls.clientCA (not $g.tls.existingSecret) }}
 gateway.tls.clientCA: needs gateway.tls.existingSecret, whose ca.crt has the authorities
 {{- end }}
+{{- $patience := add (.Values.serve.placement_timeout_s | ceil | int) (.Values.serve.load_timeout_s | ceil | int) }}
+{{- if lt (int $g.startupSeconds) (int $patience) }}
+gateway.startupSeconds: {{ int $g.startupSeconds }} is less than serve.placement_timeout_s and serve.load_timeout_s together, {{ $patience }}; the pod would be ended before it could say what it waits for
+{{- end }}
 {{- if and $g.ingress.enabled (not $g.ingress.host) }}
 gateway.ingress.host: missing
 {{- end }}

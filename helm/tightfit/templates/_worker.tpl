@@ -66,6 +66,7 @@
             {{- include "tightfit.containerSecurity" $root | nindent 12 }}
           volumeMounts:
             {{- include "tightfit.scratchMounts" $root | nindent 12 }}
+            {{- include "tightfit.rayMount" $root | nindent 12 }}
             - name: shm
               mountPath: /dev/shm
             - name: models
@@ -73,6 +74,7 @@
               readOnly: true
       volumes:
         {{- include "tightfit.scratchVolumes" $root | nindent 8 }}
+        {{- include "tightfit.rayVolume" $root | nindent 8 }}
         - name: shm
           emptyDir:
             medium: Memory
