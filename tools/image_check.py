@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import shutil
+import ssl
 import subprocess
 import sys
 import time
@@ -35,6 +36,7 @@ TRIALS = (
     ["python", "-c", "import tightfit.cluster.launch, tightfit.workers.actor"],
     ["sh", "-c", 'test "$(id -u)" = 10001 && test "$PWD" = /home/tightfit && test -w /checkpoints'],
 )
+CERTIFICATE_PLACES = ("/etc/ssl", "/usr/share/ca-certificates", "/usr/local/share/ca-certificates")
 # $1 the stage's root; then lent paths, --, and the command of chroot.
 ENTER = """
 root=$1; shift
@@ -44,7 +46,7 @@ mount -t proc proc "$root/proc"; mount --rbind /sys "$root/sys"; mount --rbind /
 while [ "$1" != -- ]; do
     if [ -d "$1" ]; then mkdir -p "$root$1"
     else mkdir -p "$(dirname "$root$1")"; touch "$root$1"; fi
-    mount --bind "$1" "$root$1"; shift
+    mount --bind "$1" "$root$1"; mount -o remount,bind,ro "$root$1"; shift
 done; shift
 exec chroot "$@"
 """
@@ -56,7 +58,7 @@ def say(text: str) -> None:
 
 def lent() -> list[str]:
     """Files and directories by which this host reaches package indexes."""
-    names = ["/etc/resolv.conf", "/etc/hosts", "/etc/ssl/certs", "/usr/share/ca-certificates"]
+    names = ["/etc/resolv.conf", "/etc/hosts"]
     configuration = subprocess.run(
         [sys.executable, "-m", "pip", "config", "debug"], capture_output=True, text=True, check=True
     ).stdout
@@ -66,13 +68,24 @@ def lent() -> list[str]:
     names += [str(Path(i).parent) for i in re.findall(r"file://(/[\w./-]+)", configuration)]
     names += [value for key, value in os.environ.items() if key.startswith("PIP_")]
     found = sorted({n for n in names if n.startswith("/") and Path(n).exists()})
-    ours = (str(ROOT), sys.prefix)
-    return [name for name in found if name.endswith("pip.conf") or not name.startswith(ours)]
+    others = (str(ROOT), sys.prefix, *CERTIFICATE_PLACES)
+    kept = [name for name in found if name.endswith("pip.conf") or not name.startswith(others)]
+    return [*kept, str(certificates())]
+
+
+def certificates() -> Path:
+    """A copy of the authorities that this host trusts: the packages of a stage write their own
+    where they lie here."""
+    copy_of = WORK / "certificates.crt"
+    source = os.environ.get("SSL_CERT_FILE") or ssl.get_default_verify_paths().cafile
+    shutil.copy(source or "/etc/ssl/certs/ca-certificates.crt", copy_of)
+    return copy_of
 
 
 def pip_settings() -> dict[str, str]:
     """pip's environment variables here, and those of a proxy."""
-    return {k: v for k, v in os.environ.items() if k.startswith("PIP_") or "proxy" in k.lower()}
+    ours = {k: v for k, v in os.environ.items() if k.startswith("PIP_") or "proxy" in k.lower()}
+    return {**ours, "PIP_CERT": str(WORK / "certificates.crt")}
 
 
 def debian() -> Path:
