@@ -37,7 +37,7 @@ demo: $(READY) ## Serve SmolLM2-135M in int8 on two stages, ask it one prompt, s
 	$(BIN)/python tools/demo.py
 
 test: lint types contracts proto-check ## Everything that CI checks
-	$(BIN)/python tools/loopback.py $(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/python tools/loopback.py $(BIN)/pytest --durations=20 $(PYTEST_ARGS)
 
 test-fast: $(READY) ## The tests, without those that take more than a few seconds
 	$(BIN)/python tools/loopback.py $(BIN)/pytest -m 'not slow' $(PYTEST_ARGS)
