@@ -268,11 +268,6 @@ class Pod:
             f"mount -t proc proc {root}/proc",
             f"mount --rbind /sys {root}/sys",
         ]
-        for path in [*PROGRAMS, *self._own_programs()]:
-            if Path(path).is_symlink():
-                lines.append(f"ln -s {os.readlink(path)} {root}{path}")
-            elif Path(path).is_dir():
-                lines.append(f"mkdir -p {root}{path} && mount --bind -o ro {path} {root}{path}")
         lines += [f"echo {address} {name} >> {root}/etc/hosts" for name, address in self._hosts()]
         for mount in self.container["volumeMounts"]:
             source, target = self._volume(mount["name"]), f"{root}{mount['mountPath']}"
@@ -283,6 +278,12 @@ class Pod:
                 lines.append(f"mount --bind {source} {target}")
                 if mount.get("readOnly"):
                     lines.append(f"mount -o remount,bind,ro {target}")
+        # Last, as the checkout may lie below what a volume is mounted over, such as /tmp.
+        for path in [*PROGRAMS, *self._own_programs()]:
+            if Path(path).is_symlink():
+                lines.append(f"ln -s {os.readlink(path)} {root}{path}")
+            elif Path(path).is_dir():
+                lines.append(f"mkdir -p {root}{path} && mount --bind -o ro {path} {root}{path}")
         if context["readOnlyRootFilesystem"]:
             lines.append(f"mount -o remount,ro {root}")
         environment = shlex.join(f"{key}={value}" for key, value in self.environment().items())

@@ -163,4 +163,5 @@ def test_a_full_pipeline_of_a_plan_gives_the_tokens_that_the_plan_predicts():
     found = simulate_plan(plan, load(16, 120, prompt=8), max_context_tokens=2048)
     assert found.tokens_per_s == pytest.approx(plan.tokens_per_s, rel=0.1)
     times = plan.step_s(4)
-    assert found.busy.index(max(found.busy)) == times.index(max(times))
+    slowest = found.busy[times.index(max(times))]  # another may be as slow within a percent
+    assert slowest == pytest.approx(max(found.busy), rel=0.01)

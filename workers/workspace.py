@@ -40,6 +40,10 @@ they are bf16 (measured: 10.8 bytes; 4 bits take about 6)."""
 CPU_OUTLIER_EVERY: Final = 32
 """Of so many columns of a weight LLM.int8() widens one at most, to int8 and then to fp32 (models
 from 6.7B on have one in 500; random weights of OPT-175B's width about one in 60)."""
+CPU_PACKED_FROM: Final = 2**24
+"""Weights of a layer in int8 from which on `kernels.packed_int8` may pack it."""
+CPU_DIGIT_TOKENS: Final = 128
+"""Tokens of which it multiplies the digits at a time."""
 HEAP_SLACK_BYTES: Final = 64 * 2**20
 """Freed memory that the C library keeps: it gives the top of its heap back from twice the mmap
 threshold on, which is 32 MiB once that much was freed."""
@@ -176,11 +180,22 @@ def _cpu_scratch(fmt: Format, n_out: int, n_in: int, num_tokens: int) -> int:
     piece = min(n_out * n_in, max(CPU_SCRATCH_ELEMENTS, CPU_SCRATCH_ROWS * n_in))
     if fmt in WEIGHT_BITS:
         return piece * WIDENING_BYTES
-    widened = 0 if fmt in (Format.FP32, Format.BF16) else piece * 2
+    if fmt in (Format.FP32, Format.BF16):
+        return 0
+    widened = max(piece * 2, _cpu_digits(fmt, n_out, n_in, num_tokens))
     if fmt is Format.LLM_INT8:  # sums in int32 and in fp32; |x|, x without outliers, in int8
         outliers = n_out * -(-n_in // CPU_OUTLIER_EVERY) * (1 + 4)
         return max(widened, outliers + num_tokens * (n_out * (4 + 4) + n_in * (2 + 2 + 4 + 1)))
     return widened
+
+
+def _cpu_digits(fmt: Format, n_out: int, n_in: int, num_tokens: int) -> int:
+    """Of a packed layer in int8: two rows for each token, in fp32 and as FBGEMM's bytes, their
+    products in int32 and fp32, and what is put together of several goes."""
+    if n_out * n_in < CPU_PACKED_FROM:
+        return 0
+    tokens = num_tokens if fmt is Format.LLM_INT8 else min(num_tokens, CPU_DIGIT_TOKENS)
+    return 2 * tokens * (n_in * (4 + 1) + n_out * (4 + 4)) + 2 * num_tokens * n_out * 2
 
 
 def _cpu_kept(fmt: Format, n_out: int, n_in: int) -> int:

@@ -35,7 +35,10 @@ def request_of(seed):
             "tie_word_embeddings": False,
         }
     )
-    workspace = workspace_bytes(model, model_formats(model, "int8", kv="int8"), 16)
+    workspace = max(
+        workspace_bytes(model, model_formats(model, name, kv="int8", device="cuda"), 16)
+        for name in ("int3", "int4", "int8")
+    )
     kinds = [
         (
             draw.randint(800_000, 5_000_000),

@@ -75,7 +75,10 @@ def small_request(seed):
         }
     )  # fmt: skip
     reserved = 512 * 2**20 + TOTAL // 50
-    reserved += workspace_bytes(model, model_formats(model, "int8", kv="int8"), 16)
+    reserved += max(
+        workspace_bytes(model, model_formats(model, name, kv="int8", device="cuda"), 16)
+        for name in ("int4", "int8")
+    )
     few = [draw(range(250_001, 1_300_000, 50_021)) for _ in range(3)]
     devices = tuple(
         Device(

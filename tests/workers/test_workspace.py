@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tightfit.kernels import cpu, paged_attention, w8a16, wxa16
+from tightfit.kernels import cpu, packed_int8, paged_attention, w8a16, wxa16
 from tightfit.workers import workspace
 from tightfit.workers.decoder_config import decoder_config
 from tightfit.workers.model_formats import model_formats
@@ -28,6 +28,8 @@ def bloom(**changes):
 def test_what_is_assumed_of_the_kernels_is_what_they_do():
     assert workspace.GPU_DEQUANTIZED_ELEMENTS == w8a16.DEQUANTIZE_ELEMENTS
     assert workspace.CPU_SCRATCH_ELEMENTS == cpu.SCRATCH_ELEMENTS
+    assert workspace.CPU_PACKED_FROM == packed_int8.PACKED_FROM
+    assert workspace.CPU_DIGIT_TOKENS == packed_int8.CHUNK_TOKENS
     assert workspace.GPU_SPLIT_DECODES == paged_attention.MIN_PROGRAMS
     for n_out, n_in in w8a16.WEIGHT_SHAPES:
         for tokens in (1, 16, 64, 512):
