@@ -32,10 +32,11 @@ sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 import harness
 
 from tightfit.cluster.engine import Engine, ModelInfo
-from tightfit.cluster.launch import RayOptions, RaySession, StageGroup
+from tightfit.cluster.launch import StageGroup
 from tightfit.cluster.metrics import Metrics
 from tightfit.cluster.pipeline import Pipeline, StageChain
 from tightfit.cluster.planning.rates import Curve, at
+from tightfit.cluster.ray_session import RayOptions, RaySession
 from tightfit.cluster.request import Request, SamplingParams
 from tightfit.cluster.scheduling.batching import Scheduler, SchedulerConfig
 from tightfit.cluster.simulation import Load, SimulatedStage, Simulation, simulate

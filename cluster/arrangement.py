@@ -12,10 +12,8 @@ from typing import Final
 
 from tightfit.cluster.config import PlanConfig, ServeConfig
 from tightfit.cluster.errors import PlacementError
-from tightfit.cluster.launch import RaySession
-from tightfit.cluster.live import live_inventory
 from tightfit.cluster.model import ModelDescription
-from tightfit.cluster.nodes import Node, alive_nodes, look_at_nodes, probe_nodes, slowest_link
+from tightfit.cluster.nodes import Node, alive_nodes, look_at_nodes, measure_nodes
 from tightfit.cluster.placement import (
     Place,
     Placement,
@@ -31,6 +29,8 @@ from tightfit.cluster.planning.plan import Plan, read_plan
 from tightfit.cluster.planning.planner import solve
 from tightfit.cluster.planning.report import headline
 from tightfit.cluster.planning.request import PlanRequest
+from tightfit.cluster.ray_session import RaySession
+from tightfit.cluster.surroundings import live_inventory
 from tightfit.cluster.units import format_bytes
 from tightfit.kernels.formats import Format
 from tightfit.workers.api import StageSpec, StageStatus
@@ -114,11 +114,11 @@ def _plan_now(
 ) -> tuple[Plan, PlanRequest]:
     if plan_config.formats == AUTO and model.config.stored is None:
         plan_config = dataclasses.replace(plan_config, formats=str(Format.INT8))
-    devices = "all" if config.device == AUTO else config.device
+    probes, between = measure_nodes(nodes, config.device)
     inventory = live_inventory(
-        probe_nodes(nodes, devices),
+        probes,
         config.device,
-        between=slowest_link(nodes),
+        between=between,
         cpu_budget_bytes=config.memory_budget_bytes,
     )
     request = plan_request(plan_config, model.config, inventory)

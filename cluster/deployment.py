@@ -25,19 +25,20 @@ from tightfit.cluster.engine import Engine, ModelInfo
 from tightfit.cluster.gateway.auth import GatewaySecurity
 from tightfit.cluster.gateway.server import GatewayServer
 from tightfit.cluster.gateway.watch import Tracer
-from tightfit.cluster.launch import RayOptions, RaySession, StageGroup
-from tightfit.cluster.live import Surroundings
+from tightfit.cluster.launch import StageGroup
 from tightfit.cluster.metrics import Metrics
 from tightfit.cluster.model import ModelDescription, describe_model
 from tightfit.cluster.observing import show, start_tracing
 from tightfit.cluster.pipeline import LinkedStages, Pipeline
 from tightfit.cluster.placement import Placement
 from tightfit.cluster.progress import LoadView
+from tightfit.cluster.ray_session import RayOptions, RaySession
 from tightfit.cluster.replanning import PlanWatch, better_plan
 from tightfit.cluster.scheduling.batching import Scheduler, SchedulerConfig
 from tightfit.cluster.security.audit import STANDARD_ERROR, AuditLog
 from tightfit.cluster.security.store import TokenStore
 from tightfit.cluster.security.tls import ServerTls
+from tightfit.cluster.surroundings import Surroundings
 from tightfit.cluster.tokenizer import Tokenizer, load_tokenizer
 from tightfit.workers.api import LoadProgress, StageStatus
 from tightfit.workers.shard_bytes import format_label

@@ -73,17 +73,26 @@ def alive_nodes() -> list[Node]:
     return sorted(useful, key=lambda node: node.name)
 
 
-def probe_nodes(nodes: Sequence[Node], devices: str) -> list[NodeProbe]:
+def measure_nodes(nodes: Sequence[Node], device: str) -> tuple[list[NodeProbe], LinkRate | None]:
+    """What each node measures of itself, and the slowest link between them.
+
+    Raises:
+        PlacementError: see `probe_nodes` and `slowest_link`.
+    """
+    return probe_nodes(nodes, device), slowest_link(nodes)
+
+
+def probe_nodes(nodes: Sequence[Node], device: str) -> list[NodeProbe]:
     """What each node measures of itself, all at the same time; rates are cached on each.
 
     Args:
         nodes: to ask.
-        devices: see `workers.probe.probe_node`.
+        device: see `probe_this_node`.
 
     Raises:
         PlacementError: a node did not answer, or cannot measure.
     """
-    refs = [_task(node, probe_this_node).remote(node.name, devices) for node in nodes]
+    refs = [_task(node, probe_this_node).remote(node.name, device) for node in nodes]
     return _answers(nodes, refs, PROBE_TIMEOUT_S)
 
 

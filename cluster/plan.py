@@ -33,6 +33,7 @@ from tightfit.cluster.planning.request import PlanRequest
 from tightfit.cluster.settings import as_mapping, read_yaml
 from tightfit.cluster.simulation import Load, Simulation, Spread, simulate_plan
 from tightfit.workers.decoder_config import decoder_config
+from tightfit.workers.probing.result import LinkRate, NodeProbe
 
 
 def plan(config: PlanConfig, *, output: str) -> int:
@@ -184,21 +185,29 @@ def _pools(paths: str) -> Inventory:
         raise ConfigError(said.replace(".devices[0]", ".devices")) from None
 
 
+def _of_cluster(address: str, config: PlanConfig) -> tuple[list[NodeProbe], LinkRate | None]:
+    """What the nodes of a Ray cluster measure of themselves, and the slowest link between them."""
+    from tightfit.cluster import ray_environment
+
+    ray_environment.prepare(is_private=False)
+    from tightfit.cluster.nodes import alive_nodes, measure_nodes
+    from tightfit.cluster.ray_session import RayOptions, RaySession
+
+    session = RaySession(RayOptions(address=address, insecure=config.insecure_ray))
+    try:
+        return measure_nodes(alive_nodes(), config.device)
+    finally:
+        session.close()
+
+
 def _measured(config: PlanConfig) -> Inventory:
     """Imports torch, or Ray, only now: planning by a file needs neither."""
-    from tightfit.cluster.live import live_inventory, probe_here
+    from tightfit.cluster.surroundings import live_inventory, probe_here
 
     if config.ray_address is None:
         probes, between = [probe_here(config.device)], None
     else:
-        from tightfit.cluster import ray_environment
-
-        ray_environment.prepare(is_private=False)
-        from tightfit.cluster.launch import probe_cluster
-
-        probes, between = probe_cluster(
-            config.ray_address, config.device, insecure=config.insecure_ray
-        )
+        probes, between = _of_cluster(config.ray_address, config)
     return live_inventory(
         probes, config.device, between=between, cpu_budget_bytes=config.cpu_budget_bytes
     )

@@ -47,6 +47,7 @@ def test_there_is_something_to_test():
 @pytest.mark.parametrize("major", MAJORS)
 def test_the_values_render_and_every_object_is_valid(major, tmp_path):
     objects = render(VALUES, tmp_path, major)
+    assert {"RayCluster", "Deployment"} <= {tree["kind"] for tree in objects}
     for tree in objects:
         chart_schemas.validate(tree)
 

@@ -30,10 +30,10 @@ from ray.cluster_utils import Cluster  # noqa: E402
 from tightfit.cluster.arrangement import arrange, arrange_early  # noqa: E402
 from tightfit.cluster.config import ServeConfig  # noqa: E402
 from tightfit.cluster.deployment import make_engine, ray_options, start_replica  # noqa: E402
-from tightfit.cluster.launch import RaySession  # noqa: E402
 from tightfit.cluster.metrics import Metrics  # noqa: E402
 from tightfit.cluster.model import describe_model  # noqa: E402
 from tightfit.cluster.ray_authentication import answers_anyone  # noqa: E402
+from tightfit.cluster.ray_session import RaySession  # noqa: E402
 from tightfit.cluster.request import Request, SamplingParams  # noqa: E402
 from tightfit.cluster.tokenizer import load_tokenizer  # noqa: E402
 from tightfit.workers.api import MicroBatch, SequenceSlice  # noqa: E402

@@ -24,12 +24,12 @@ from tightfit.cluster.arrangement import arrange, arrange_early, compare  # noqa
 from tightfit.cluster.config import ServeConfig  # noqa: E402
 from tightfit.cluster.deployment import make_engine, ray_options, start_replica  # noqa: E402
 from tightfit.cluster.errors import PlacementError  # noqa: E402
-from tightfit.cluster.launch import RaySession  # noqa: E402
-from tightfit.cluster.live import Surroundings  # noqa: E402
 from tightfit.cluster.metrics import Metrics  # noqa: E402
 from tightfit.cluster.model import describe_model  # noqa: E402
 from tightfit.cluster.nodes import NODE_LABEL, alive_nodes, slowest_link  # noqa: E402
+from tightfit.cluster.ray_session import RaySession  # noqa: E402
 from tightfit.cluster.request import Request, SamplingParams  # noqa: E402
+from tightfit.cluster.surroundings import Surroundings  # noqa: E402
 from tightfit.cluster.tokenizer import load_tokenizer  # noqa: E402
 
 

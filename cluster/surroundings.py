@@ -13,7 +13,6 @@ from tightfit.cluster.nodes import Node, alive_nodes, look_at_nodes, probe_nodes
 from tightfit.cluster.placement import Place
 from tightfit.cluster.planning.inventory import Device, DeviceType, Inventory, parse_inventory
 from tightfit.cluster.planning.plan import Plan, StagePlan
-from tightfit.workers.model_formats import AUTO
 from tightfit.workers.probing.result import (
     DeviceMemory,
     DeviceProbe,
@@ -36,7 +35,7 @@ def probe_here(device: str) -> NodeProbe:
     """
     from tightfit.workers.node_tasks import probe_this_node
 
-    return probe_this_node(os.uname().nodename, "all" if device == AUTO else device)
+    return probe_this_node(os.uname().nodename, device)
 
 
 def live_inventory(

@@ -6,7 +6,7 @@ import pytest
 from test_probe_command import device, gpu, rates
 
 from tightfit.cluster.errors import ConfigError
-from tightfit.cluster.live import HOST_RESERVE_BYTES, live_inventory
+from tightfit.cluster.surroundings import HOST_RESERVE_BYTES, live_inventory
 from tightfit.workers.probing.result import LinkRate, NodeProbe
 
 GIB = 2**30
