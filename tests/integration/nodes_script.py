@@ -69,6 +69,8 @@ def inject(endpoints):
     for endpoint in endpoints:
         for keys in (None, LinkKeys.new()):
             stranger = context.socket(zmq.PUSH)
+            # Collected or destroyed, it forgets what nobody took: else the context waits for ever.
+            stranger.setsockopt(zmq.LINGER, 0)
             stranger.setsockopt(zmq.SNDTIMEO, 0)  # ZeroMQ gives a connection up that is refused
             if keys is not None:
                 keys.use(stranger, endpoint.public_key)
