@@ -15,7 +15,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
@@ -23,6 +22,7 @@ from tightfit.cluster.arrangement import Arrangement, arrange, arrange_early, co
 from tightfit.cluster.config import PlanConfig, ServeConfig, split_address
 from tightfit.cluster.engine import Engine, ModelInfo
 from tightfit.cluster.gateway.auth import GatewaySecurity
+from tightfit.cluster.gateway.protection import gateway_security
 from tightfit.cluster.gateway.server import GatewayServer
 from tightfit.cluster.gateway.watch import Tracer
 from tightfit.cluster.launch import StageGroup
@@ -35,9 +35,6 @@ from tightfit.cluster.progress import LoadView
 from tightfit.cluster.ray_session import RayOptions, RaySession
 from tightfit.cluster.replanning import PlanWatch, better_plan
 from tightfit.cluster.scheduling.batching import Scheduler, SchedulerConfig
-from tightfit.cluster.security.audit import STANDARD_ERROR, AuditLog
-from tightfit.cluster.security.store import TokenStore
-from tightfit.cluster.security.tls import ServerTls
 from tightfit.cluster.surroundings import Surroundings
 from tightfit.cluster.tokenizer import Tokenizer, load_tokenizer
 from tightfit.workers.api import LoadProgress, StageStatus
@@ -74,31 +71,6 @@ def ray_options(config: ServeConfig) -> RayOptions:
         placement_timeout_s=config.placement_timeout_s,
         insecure=config.insecure_ray,
     )
-
-
-def gateway_security(config: ServeConfig) -> GatewaySecurity:
-    """What the gateway asks of callers.
-
-    Raises:
-        ConfigError: a file of it cannot be used.
-    """
-    client_ca = Path(config.tls_client_ca) if config.tls_client_ca is not None else None
-    credentials = None
-    if config.tls_cert is not None and config.tls_key is not None:
-        credentials = ServerTls(
-            Path(config.tls_cert), Path(config.tls_key), client_ca
-        ).credentials()
-    tokens = TokenStore(Path(config.tokens_file)) if config.tokens_file is not None else None
-    target = config.audit_log or (STANDARD_ERROR if config.has_authentication else None)
-    audit = AuditLog(target) if target is not None else None
-    if config.insecure_listen and (credentials is None or not config.has_authentication):
-        log.warning(
-            "insecure_listen: %s asks for %s and %s",
-            config.listen,
-            "no encryption" if credentials is None else "encryption",
-            "no authentication" if not config.has_authentication else "authentication",
-        )
-    return GatewaySecurity(credentials=credentials, tokens=tokens, audit=audit)
 
 
 def start_replica(
