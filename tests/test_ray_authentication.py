@@ -9,7 +9,7 @@ import grpc
 import pytest
 from certificates import Certificates
 
-from tightfit.cluster import launch
+from tightfit.cluster import ray_session
 from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.ray_authentication import CHECK_ALIVE, answers_anyone
 
@@ -73,7 +73,7 @@ def test_a_cluster_that_speaks_only_tls_does_not(tmp_path):
 
 @pytest.fixture
 def ray_at(monkeypatch):
-    """Has `launch` believe that it joins a cluster at an address; what it did to it."""
+    """Has `ray_session` believe that it joins a cluster at an address; what it did to it."""
 
     def put(address):
         did = []
@@ -84,7 +84,7 @@ def ray_at(monkeypatch):
             shutdown=lambda: did.append("shutdown"),
             get_runtime_context=lambda: context,
         )
-        monkeypatch.setattr(launch, "ray", stand_in)
+        monkeypatch.setattr(ray_session, "ray", stand_in)
         return did
 
     return put
@@ -94,7 +94,7 @@ def test_an_open_cluster_is_left_again_and_said_to_be_one(ray_at):
     with control_store(CODES.OK) as (address, _):
         did = ray_at(address)
         with pytest.raises(ConfigError, match="answers without a token: whoever reaches its ports"):
-            launch.RaySession(launch.RayOptions(address=address))
+            ray_session.RaySession(ray_session.RayOptions(address=address))
     assert did == ["init", "shutdown"]
 
 
@@ -102,7 +102,7 @@ def test_an_open_cluster_is_joined_if_told_and_a_closed_one_without_being_told(r
     for status, insecure in ((CODES.OK, True), (CODES.UNAUTHENTICATED, False)):
         with control_store(status) as (address, _):
             did = ray_at(address)
-            launch.RaySession(launch.RayOptions(address=address, insecure=insecure))
+            ray_session.RaySession(ray_session.RayOptions(address=address, insecure=insecure))
         assert did == ["init"]
 
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import grpc
 import pytest
-from fake_engine import in_loop
+from fake_engine import in_loop, until
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 from otlp_receiver import Receiver
@@ -104,7 +104,10 @@ async def test_a_failed_request_has_an_error_and_one_that_never_ran_no_prefill()
 async def test_a_request_that_lost_its_blocks_says_when_it_went_on():
     traced = Traced()
     async with real_gateway(tracer=traced.tracing, num_blocks=24) as (gateway, stubs):
+        gateway.chain.paused = True  # until all three are there: one by one they would have room
         calls = [stubs.inference.Generate(wanted(60, request_id=str(i))) for i in range(3)]
+        assert await until(lambda: gateway.engine.num_unfinished == 3)
+        gateway.chain.resume()
         for call in calls:
             await call
         preempted = gateway.counted("num_preemptions_total")
