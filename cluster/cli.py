@@ -32,7 +32,7 @@ from tightfit.cluster.config import (
 from tightfit.cluster.errors import ConfigError, TightfitError
 from tightfit.cluster.settings import Setting, settings
 from tightfit.workers.errors import WorkerError
-from tightfit.workers.logs import FORMATS, LEVELS, configure_logs
+from tightfit.workers.logs import configure_logs
 
 Section = type[ServeConfig | ClientConfig | QuantizeConfig | PlanConfig | ProbeConfig | TokenConfig]
 
@@ -75,7 +75,7 @@ def _serve(args: argparse.Namespace) -> int:
         plan_config = start_plan_config(file, config) if is_planned else None
     except ConfigError as error:
         raise _UsageError(str(error)) from None
-    configure_logs(level=args.log_level, log_format=args.log_format)
+    configure_logs(level=config.log_level, log_format=config.log_format)
     from tightfit.cluster import ray_environment
 
     # Before anything imports Ray, which reads its environment then.
@@ -199,14 +199,6 @@ def build_parser() -> argparse.ArgumentParser:
         "configuration file",
     )
     _add_config(serve, ServeConfig)
-    serve.add_argument(
-        "--log-level", default="warning", choices=LEVELS,
-        help="info has a line for each finished request; default: warning",
-    )  # fmt: skip
-    serve.add_argument(
-        "--log-format", default="text", choices=FORMATS,
-        help="text, or one JSON object a line; default: text",
-    )  # fmt: skip
     serve.set_defaults(run=_serve)
 
     quantize = commands.add_parser("quantize", help="write a quantised checkpoint")

@@ -1,5 +1,7 @@
 """The command line: flags, configuration, exit codes."""
 
+import json
+import logging
 import subprocess
 import sys
 import time
@@ -11,6 +13,7 @@ import pytest
 from tightfit.cluster import cli
 from tightfit.cluster.errors import PlacementError
 from tightfit.workers.errors import CheckpointError
+from tightfit.workers.logs import ENVIRONMENT, LEVELS, log_environment
 
 TIGHTFIT = Path(sys.executable).parent / "tightfit"
 
@@ -40,6 +43,52 @@ def test_serve_hands_over_the_file_with_the_flags_over_it(served, tmp_path):
     assert config.stages == 2
     assert config.prefix_cache is False
     assert config.memory_budget_bytes == 2 * 2**30
+
+
+@pytest.fixture
+def logged(served, monkeypatch, capsys, tmp_path):
+    """Serves with these lines in the file and these flags; what was logged then, by level."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    for name in ENVIRONMENT.values():
+        monkeypatch.setenv(name, "")
+
+    def say(config, plan_config):
+        for name in LEVELS:
+            logging.getLogger("tightfit").log(
+                logging.getLevelName(name.upper()), "said at %s", name
+            )
+        return 0
+
+    monkeypatch.setattr(sys.modules["tightfit.cluster.deployment"], "serve", say)
+
+    def logged(lines="", *flags):
+        file = tmp_path / "c.yaml"
+        file.write_text(f"serve:\n  model: m\n{lines}")
+        assert cli.main(["serve", "--config", str(file), *flags]) == 0
+        return capsys.readouterr().err.splitlines()
+
+    yield logged
+    root.handlers[:], root.level = handlers, level
+
+
+def test_a_configuration_file_alone_says_what_is_logged_and_how(logged):
+    lines = [json.loads(line) for line in logged("  log_level: info\n  log_format: json\n")]
+    assert [line["level"] for line in lines] == ["info", "warning", "error"]
+    assert log_environment() == {"TIGHTFIT_LOG_LEVEL": "info", "TIGHTFIT_LOG_FORMAT": "json"}
+
+
+def test_flags_of_logs_go_over_the_file(logged):
+    file = "  log_level: debug\n  log_format: json\n"
+    (line,) = logged(file, "--log-level", "error", "--log-format", "text")
+    assert line.endswith("ERROR tightfit: said at error")
+    assert log_environment() == {"TIGHTFIT_LOG_LEVEL": "error", "TIGHTFIT_LOG_FORMAT": "text"}
+
+
+def test_warnings_are_logged_as_text_where_nothing_is_said(logged):
+    warning, error = logged()
+    assert warning.endswith("WARNING tightfit: said at warning")
+    assert error.endswith("ERROR tightfit: said at error")
 
 
 def test_the_model_on_the_command_line_wins(served, tmp_path):

@@ -93,7 +93,7 @@ def test_every_make_target_in_the_documents_is_one():
 
 
 def test_every_setting_of_the_service_is_used_where_the_service_is_put_together():
-    parts = ("arrangement", "deployment", "gateway/protection", "observing", "placement")
+    parts = ("arrangement", "cli", "deployment", "gateway/protection", "observing", "placement")
     deployment = "".join((ROOT / "cluster" / f"{part}.py").read_text() for part in parts)
     name = (ROOT / "cluster" / "config" / "serve.py").read_text().partition("def model_name")[2]
     unused = [

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 
 FORMATS = ("text", "json")
 LEVELS = ("debug", "info", "warning", "error")
+DEFAULT_FORMAT, DEFAULT_LEVEL = "text", "warning"
 ENVIRONMENT = {"level": "TIGHTFIT_LOG_LEVEL", "log_format": "TIGHTFIT_LOG_FORMAT"}
 """Variables by which a stage's process is told the same."""
 
@@ -123,11 +124,11 @@ def log_environment() -> dict[str, str]:
 
 
 def configure_logs_from_environment(**fields: object) -> None:
-    """`configure_logs` as `log_environment` of the parent says; text and warnings by default."""
-    level = os.environ.get(ENVIRONMENT["level"], "warning")
-    log_format = os.environ.get(ENVIRONMENT["log_format"], "text")
+    """`configure_logs` as `log_environment` of the parent says, by default as `serve` does."""
+    level = os.environ.get(ENVIRONMENT["level"], DEFAULT_LEVEL)
+    log_format = os.environ.get(ENVIRONMENT["log_format"], DEFAULT_FORMAT)
     configure_logs(
-        level=level if level in LEVELS else "warning",
-        log_format=log_format if log_format in FORMATS else "text",
+        level=level if level in LEVELS else DEFAULT_LEVEL,
+        log_format=log_format if log_format in FORMATS else DEFAULT_FORMAT,
         **fields,
     )

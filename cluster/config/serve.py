@@ -16,6 +16,7 @@ from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.hub import parse_hub_name
 from tightfit.cluster.settings import Option
 from tightfit.kernels.formats import SUPPORTED_FORMATS, KVFormat
+from tightfit.workers.logs import DEFAULT_FORMAT, DEFAULT_LEVEL, FORMATS, LEVELS
 from tightfit.workers.model_formats import AUTO
 
 PLACEMENT_STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
@@ -262,6 +263,18 @@ class ServeConfig:
     drain_grace_s: Annotated[
         float, Option("Seconds that running streams get to finish on SIGTERM.", at_least=0)
     ] = 30.0
+    log_level: Annotated[
+        str,
+        Option(
+            "Least grave lines that the gateway and its stages log; info has one for each finished "
+            "request.",
+            choices=LEVELS,
+        ),
+    ] = DEFAULT_LEVEL
+    log_format: Annotated[
+        str,
+        Option("How they are written: text, or one JSON object a line.", choices=FORMATS),
+    ] = DEFAULT_FORMAT
 
     def __post_init__(self) -> None:
         """Raises ConfigError where settings do not go together."""

@@ -27,13 +27,15 @@ class Observed:
     """One service, and what was seen of it after three requests."""
 
     def __init__(self, model):
+        config = model.with_suffix(".yaml")
+        config.write_text("serve: {log_level: info, log_format: json}\n")
         self.metrics, self.live = (f"127.0.0.1:{free_port()}" for _ in range(2))
         with Receiver() as receiver:
             served = Served(
                 model, "--format", "fp32", "--stages", str(NUM_STAGES), "--kv-blocks", "64",
                 "--metrics-listen", self.metrics, "--live-listen", self.live,
                 "--trace-endpoint", receiver.address, "--trace-steps", str(NUM_STEPS),
-                "--log-level", "info", "--log-format", "json",
+                "--config", str(config),
             )  # fmt: skip
             with served:
                 with Client(served.target, timeout_s=60) as client:
