@@ -16,7 +16,7 @@ COPY ci/constraints.txt ./
 RUN sed -i '/^triton==/d' constraints.txt \
  && pip install --constraint constraints.txt torch==2.13.0 'ray[default]==2.60.0'
 COPY . ./tightfit
-RUN pip install --constraint constraints.txt './tightfit[cuda]'
+RUN pip install --constraint constraints.txt './tightfit[cuda,tracing]'
 
 FROM nvidia/cuda:13.0.1-base-ubuntu24.04
 # gcc and Python's headers: Triton compiles the launcher of each kernel when it is first used. wget: KubeRay's probes.

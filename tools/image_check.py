@@ -34,6 +34,7 @@ TRIALS = (
     ["tightfit", "plan", "bloom-176b", "--inventory", "8xa100-80"],
     ["ray", "--version"],
     ["python", "-c", "import tightfit.cluster.launch, tightfit.workers.actor"],
+    ["python", "-c", "from tightfit.cluster.tracing import otlp_exporter as o; o('http://a:4317')"],
     ["sh", "-c", 'test "$(id -u)" = 10001 && test "$PWD" = /home/tightfit && test -w /checkpoints'],
 )
 CERTIFICATE_PLACES = ("/etc/ssl", "/usr/share/ca-certificates", "/usr/local/share/ca-certificates")

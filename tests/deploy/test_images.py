@@ -66,6 +66,14 @@ def test_an_image_has_the_torch_and_ray_that_tightfit_is_tested_with(name):
 
 
 @pytest.mark.parametrize("name", FILES)
+def test_an_image_can_send_traces_as_the_charts_values_may_ask(name):
+    (install,) = (
+        s.text for s in stages(name)[0].steps if "./tightfit" in s.text and s.instruction == "RUN"
+    )
+    assert "tracing" in re.search(r"\./tightfit\[([\w,]+)\]", install)[1].split(",")
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_no_secret_and_no_address_of_this_machine_is_in_an_image(name):
     said = " ".join(f"{step.instruction} {step.text}" for s in stages(name) for step in s.steps)
     assert not re.search(r"(?i)password|secret|auth_token|pip\.conf|file://", said)

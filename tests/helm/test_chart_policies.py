@@ -5,7 +5,7 @@ import re
 
 import pytest
 import yaml
-from chart import BASE, CHART, EVERYTHING, containers, find, over, pod_templates, render
+from chart import BASE, CHART, EVERYTHING, containers, find, nested, over, pod_templates, render
 
 INSECURE = {
     "gateway": {"insecure": True, "tls": {"existingSecret": ""}, "auth": {"existingSecret": ""}}
@@ -154,6 +154,41 @@ def test_clients_that_are_named_are_the_only_ones_and_helm_test_is_one(tmp_path)
     ours, theirs = rule["from"]
     assert ours["podSelector"]["matchExpressions"][0]["values"] == ["test"]
     assert theirs == EVERYTHING["networkPolicy"]["clients"][0]
+
+
+def traced(collectors, tmp_path):
+    """Egress rules of the gateways' policy that traces of a service are the reason for."""
+    values = over(
+        BASE, nested("serve.trace_endpoint", "http://otel.a:4317"),
+        nested("networkPolicy.collectors", collectors),
+    )  # fmt: skip
+    without = find(render(BASE, tmp_path), "NetworkPolicy", "gateway")["spec"]["egress"]
+    objects = render(values, tmp_path)
+    for others in ("pool", "jobs"):
+        assert "4317" not in json.dumps(find(objects, "NetworkPolicy", others))
+    rules = find(objects, "NetworkPolicy", "gateway")["spec"]["egress"]
+    return [rule for rule in rules if rule not in without]
+
+
+def test_only_gateways_reach_a_collector_and_only_at_its_port(tmp_path):
+    assert traced([], tmp_path) == [{"ports": [{"protocol": "TCP", "port": 4317}]}]
+
+
+def test_a_collector_that_is_named_is_the_only_one(tmp_path):
+    peer = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "a"}}}
+    (rule,) = traced([peer], tmp_path)
+    assert rule == {"ports": [{"protocol": "TCP", "port": 4317}], "to": [peer]}
+
+
+def test_a_gateway_logs_each_request_as_json_unless_the_values_say_otherwise(tmp_path):
+    def logs(values):
+        config = find(render(values, tmp_path), "ConfigMap", "tightfit")["data"]["tightfit.yaml"]
+        serve = yaml.safe_load(config)["serve"]
+        return serve.get("log_level"), serve.get("log_format")
+
+    assert logs(BASE) == ("info", "json")
+    assert logs(EVERYTHING) == ("debug", "text")
+    assert logs(over(BASE, nested("serve.log_level", None))) == (None, "json")
 
 
 def test_a_pod_has_more_time_to_end_than_its_drain_takes(objects):

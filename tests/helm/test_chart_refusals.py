@@ -11,6 +11,9 @@ BY_SCHEMA = {
     "serve.stage": (1, "stage"),
     "serve.format": ("int9", "format"),
     "serve.listen": ("0.0.0.0:1", "listen"),
+    "serve.log_format": ("xml", "log_format"),
+    "serve.log_level": ("loud", "log_level"),
+    "serve.trace_share": (1.1, "trace_share"),
     "serve.max_queued_tokens": (1.5, "max_queued_tokens"),
     "plan.inventory": ("x", "inventory"),
     "prepare.quantize.format": ("fp8", "format"),
@@ -40,6 +43,7 @@ BY_SCHEMA = {
     "deviceTypes.odd": ({"memory": "8GiB"}, "gb_per_s"),
     "monitoring.serviceMonitor.interval": ("often", "interval"),
     "fullnameOverride": ("a" * 41, "fullnameOverride"),
+    "networkPolicy.collectors": ([{"name": "collector"}], "collectors"),
     "unknown": (1, "unknown"),
 }
 """By path: a value, and the part of the path that the message names."""
@@ -59,6 +63,7 @@ BY_TEMPLATE = {
     "gateway.grpcRoute.parentRefs": ([], "missing"),
     "gateway.startupSeconds": (4499, "4499 is less than serve.placement_timeout_s and"),
     "gateway.metricsPort": (50051, "two of them are the same"),
+    "serve.trace_endpoint": ("collector:4317", "is not http://host:port or https://host:port"),
     "gateway.modelVolume": ({}, "there is no other volume"),
     "pools.big.modelVolume": ({}, "there is no other volume"),
     "prepare.quantize.model": (None, "missing; what is to be quantised"),
@@ -111,6 +116,16 @@ def test_what_does_not_go_together_is_refused_by_path(path, tmp_path):
     reasons = dict(line.split(": ", 1) for line in done.stderr.splitlines() if ": " in line)
     named = next(key for key in reasons if path in key.split(", "))
     assert BY_TEMPLATE[path][1] in reasons[named]
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["http://collector", "http://:4317", "http://a:0", "http://a:65536", "grpc://a:4317"],
+)
+def test_a_collector_without_a_place_is_refused_by_path(endpoint, tmp_path):
+    values = over(BASE, nested("serve.trace_endpoint", endpoint))
+    done = run_helm(4, "template", values, tmp_path)
+    assert f'serve.trace_endpoint: "{endpoint}" is not http' in done.stderr
 
 
 def test_the_base_that_is_spoilt_is_good(tmp_path):

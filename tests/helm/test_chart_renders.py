@@ -69,6 +69,13 @@ VALUES = {
     "no network policy": nested("networkPolicy.enabled", False),
     "open egress": nested("networkPolicy.restrictEgress", False),
     "clients": nested("networkPolicy.clients", [{"podSelector": {"matchLabels": {"a": "b"}}}]),
+    "traces": nested("serve.trace_endpoint", "http://collector.observability:4317"),
+    "traces to peers": {
+        "serve": {"trace_endpoint": "https://[fd00::1]:443", "trace_share": 0.5},
+        "networkPolicy": {"collectors": [{"ipBlock": {"cidr": "fd00::1/128"}}]},
+    },
+    "logs for people": {"serve": {"log_level": "warning", "log_format": "text"}},
+    "logs by default": {"serve": {"log_level": None, "log_format": None}},
     "no budgets": nested("podDisruptionBudgets.enabled", False),
     "monitoring": {
         "monitoring": {

@@ -11,7 +11,7 @@ import subprocess
 import chart_schemas
 import pytest
 import yaml
-from chart import CHART, MAJORS, document, helm_binary, render, tool
+from chart import CHART, MAJORS, document, helm_binary, over, render, tool
 
 from tightfit.cluster import cli
 
@@ -42,6 +42,16 @@ def run(program, arguments, **more):
 def test_there_is_something_to_test():
     assert {line.split()[0] for line in COMMANDS} == {"tightfit", "helm", "kubectl"}
     assert len(COMMANDS) >= 20
+
+
+def test_values_that_it_shows_later_go_over_the_first(tmp_path):
+    text = (CHART.parent.parent / "docs" / "deploy-kubernetes.md").read_text()
+    first, *later = map(yaml.safe_load, re.findall(r"```yaml\n(.*?)```", text, re.DOTALL))
+    assert first == VALUES
+    assert later
+    for values in later:
+        for tree in render(over(VALUES, values), tmp_path):
+            chart_schemas.validate(tree)
 
 
 @pytest.mark.parametrize("major", MAJORS)

@@ -1,7 +1,9 @@
 """The pods of a rendered manifest, run in namespaces: a prompt goes through all of them."""
 
+import contextlib
 import copy
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +11,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+import otlp_receiver
 import pods
 import pytest
 import trustme
@@ -39,6 +42,7 @@ VALUES = {
         "ray_strategy": "STRICT_SPREAD",
         "format": "int8",
         "kv_blocks": 64,
+        "trace_endpoint": "http://collector.observability:4317",
     },
     "deviceTypes": {"share": SHARE},
     "pools": {"cpu": {"nodes": 2, "devices": {"type": "share"}}},
@@ -124,9 +128,27 @@ def probed(pod):
     return found
 
 
+@contextlib.contextmanager
+def collector(node):
+    """Listens where the values say that traces go; gives the file that it writes their names to."""
+    namespace, _ = node.reserve("collector.observability")
+    log = node.directory / "collector.log"
+    command = ["ip", "netns", "exec", namespace, sys.executable, otlp_receiver.__file__]
+    with log.open("w") as output:
+        process = subprocess.Popen([*command, "0.0.0.0:4317"], stdout=output)
+    try:
+        yield log
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_a_prompt_goes_through_head_workers_and_gateway(objects, secrets, models, tmp_path):
     templates = pod_templates(objects)
-    with pods.Node(tmp_path, objects, secrets=secrets, claims={"models": models}) as node:
+    with (
+        pods.Node(tmp_path, objects, secrets=secrets, claims={"models": models}) as node,
+        collector(node) as traces,
+    ):
         start_cluster(node, objects)
         # The Service's port leads to the container's of that name; here they are the same.
         place = node.reserve(find(objects, "Deployment")["metadata"]["name"], "r-tightfit")
@@ -148,3 +170,7 @@ def test_a_prompt_goes_through_head_workers_and_gateway(objects, secrets, models
 
         gateway.terminate()
         assert gateway.wait(60) == 0, gateway.output
+        lines = [json.loads(x) for x in gateway.output.splitlines() if x.startswith("{")]
+        (finished,) = (line for line in lines if line["message"] == "finished")
+        name = f"tightfit.v1.InferenceService/{finished['method']}"
+        assert f"{name} {finished['trace_id']}\n" in traces.read_text()

@@ -37,6 +37,12 @@ gateway.tls.clientCA: needs gateway.tls.existingSecret, whose ca.crt has the aut
 {{- if lt (int $g.startupSeconds) (int $patience) }}
 gateway.startupSeconds: {{ int $g.startupSeconds }} is less than serve.placement_timeout_s and serve.load_timeout_s together, {{ $patience }}; the pod would be ended before it could say what it waits for
 {{- end }}
+{{- with .Values.serve.trace_endpoint }}
+{{- $port := regexFind "[0-9]+$" . | int }}
+{{- if or (not (regexMatch "^https?://[^[:space:]/]+:[0-9]{1,5}$" .)) (lt $port 1) (gt $port 65535) }}
+serve.trace_endpoint: {{ . | quote }} is not http://host:port or https://host:port
+{{- end }}
+{{- end }}
 {{- if and $g.ingress.enabled (not $g.ingress.host) }}
 gateway.ingress.host: missing
 {{- end }}
