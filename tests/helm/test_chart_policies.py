@@ -71,12 +71,23 @@ def test_what_is_written_is_a_volume(objects):
             assert {"/tmp", "/home/tightfit"} <= writable, where
 
 
-def test_secrets_are_named_and_never_written_out(objects):
-    for where, container in containers(objects).items():
+def test_secrets_are_files_that_are_only_read_and_no_variables(objects):
+    num_secrets = 0
+    for where, pod in pod_templates(objects).items():
+        secrets = {v["name"] for v in pod["spec"]["volumes"] if "secret" in v}
+        modes = {v["secret"]["defaultMode"] for v in pod["spec"]["volumes"] if "secret" in v}
+        assert modes <= {0o440}, where
+        (container,) = pod["spec"]["containers"]
+        mounted = {m["name"]: m.get("readOnly") for m in container["volumeMounts"]}
+        assert all(mounted[name] is True for name in secrets), where
+        num_secrets += len(secrets)
         for variable in container.get("env", []):
-            if re.search("(TOKEN|KEY|PASSWORD|SECRET)$", variable["name"]):
-                assert set(variable) == {"name", "valueFrom"}, where
-                assert "secretKeyRef" in variable["valueFrom"], where
+            assert "valueFrom" not in variable, where
+            assert not re.search("(TOKEN|KEY|PASSWORD|SECRET)$", variable["name"]), where
+    assert num_secrets >= 3
+
+
+def test_secrets_are_named_and_never_written_out(objects):
     assert not [tree for tree in objects if tree["kind"] == "Secret"]
     configs = [tree for tree in objects if tree["kind"] == "ConfigMap"]
     assert not re.search(r"(?i)token:|password:|BEGIN .*PRIVATE", json.dumps(configs))

@@ -8,16 +8,9 @@ import pytest
 import yaml
 from chart import BASE, CHART, EVERYTHING, MAJORS, ROOT, find, nested, over, parse, render, run_helm
 
-CPU_TYPE = {
-    "memory": "8GiB",
-    "gb_per_s": 20,
-    "fp16_tflops": 1,
-    "int8_tops": 1,
-    "price": 0,
-    "watts": 0,
-}
+CI = CHART / "ci"
 CPU = {
-    "deviceTypes": {"share": {"kind": "cpu", **CPU_TYPE}},
+    "deviceTypes": yaml.safe_load((CI / "cpu.yaml").read_text())["deviceTypes"],
     "pools": {"big": {"nodes": 2, "devices": {"type": "share", "count": 2}}},
 }
 INSECURE = {
@@ -74,6 +67,15 @@ VALUES = {
         "serve": {"trace_endpoint": "https://[fd00::1]:443", "trace_share": 0.5},
         "networkPolicy": {"collectors": [{"ipBlock": {"cidr": "fd00::1/128"}}]},
     },
+    "headers for a collector": nested(
+        "gateway.extraEnv",
+        [
+            {
+                "name": "OTEL_EXPORTER_OTLP_HEADERS",
+                "valueFrom": {"secretKeyRef": {"name": "collector", "key": "headers"}},
+            }
+        ],
+    ),
     "logs for people": {"serve": {"log_level": "warning", "log_format": "text"}},
     "logs by default": {"serve": {"log_level": None, "log_format": None}},
     "no budgets": nested("podDisruptionBudgets.enabled", False),
@@ -112,6 +114,14 @@ def test_both_helms_render_the_same_and_its_schema_allows_every_object(name, tmp
     by = {tree["kind"]: chart_schemas.validate(tree) for tree in objects}
     assert by["RayCluster"] == "KubeRay's CRD" or chart_schemas.crds() is None
     assert by["Deployment"] == by["Job" if "Job" in by else "Pod"] == "Kubernetes"
+
+
+@pytest.mark.parametrize("file", sorted(CI.glob("*.yaml")), ids=lambda file: file.name)
+def test_each_file_of_values_renders_by_itself(file, tmp_path):
+    objects = render(yaml.safe_load(file.read_text()), tmp_path)
+    assert {"RayCluster", "Deployment"} <= {tree["kind"] for tree in objects}
+    for tree in objects:
+        chart_schemas.validate(tree)
 
 
 @pytest.mark.skipif(
@@ -159,8 +169,9 @@ def test_what_kubernetes_and_the_operators_would_refuse_is_noticed(kind, needed,
 
 
 @pytest.mark.parametrize("major", MAJORS)
-@pytest.mark.parametrize("values", [{}, BASE, EVERYTHING], ids=["defaults", "base", "everything"])
-def test_lint_has_nothing_to_say(major, values, tmp_path):
+@pytest.mark.parametrize("name", [None, *sorted(path.name for path in CI.glob("*.yaml"))])
+def test_lint_has_nothing_to_say(major, name, tmp_path):
+    values = yaml.safe_load((CI / name).read_text()) if name else {}
     done = run_helm(major, "lint", values, tmp_path, "--strict")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 chart(s) linted, 0 chart(s) failed" in done.stdout

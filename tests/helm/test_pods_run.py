@@ -163,7 +163,7 @@ def test_a_prompt_goes_through_head_workers_and_gateway(objects, secrets, models
         assert "Paris" in answer.output
 
         stranger = copy.deepcopy(ask)
-        stranger["spec"]["containers"][0].pop("env")
+        stranger["spec"]["containers"][0]["args"].remove("--token-file=/etc/tightfit/caller/token")
         refused = node.start("stranger", stranger)
         assert refused.wait(60) == 1
         assert "UNAUTHENTICATED" in refused.output

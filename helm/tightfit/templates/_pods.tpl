@@ -101,11 +101,26 @@ runtimeClassName: {{ . | quote }}
   value: {{ . | quote }}
 {{- end }}
 {{- if .root.Values.hub.existingSecret }}
-- name: HF_TOKEN
-  valueFrom:
-    secretKeyRef:
-      name: {{ .root.Values.hub.existingSecret | quote }}
-      key: {{ .root.Values.hub.key | quote }}
+- name: HF_TOKEN_PATH
+  value: /etc/tightfit/hub/token
+{{- end }}
+{{- end -}}
+
+{{- define "tightfit.hubMount" -}}
+{{- if .Values.hub.existingSecret }}
+- name: hub-token
+  mountPath: /etc/tightfit/hub
+  readOnly: true
+{{- end }}
+{{- end -}}
+
+{{- define "tightfit.hubVolume" -}}
+{{- with .Values.hub.existingSecret }}
+- name: hub-token
+  secret:
+    secretName: {{ . | quote }}
+    defaultMode: 0440
+    items: [{key: {{ $.Values.hub.key | quote }}, path: token}]
 {{- end }}
 {{- end -}}
 

