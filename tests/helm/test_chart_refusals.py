@@ -33,6 +33,8 @@ BY_SCHEMA = {
     "gateway.strategy.type": ("Both", "type"),
     "gateway.extraEnv": ([{"name": "A", "secret": "x"}], "secret"),
     "gateway.autoscaling.kind": ("vpa", "kind"),
+    "gateway.grpcRoute.hostnames": (["a..b"], "hostnames"),
+    "gateway.grpcRoute.parentRefs": ([{"name": "g", "namespace": "A"}], "namespace"),
     "gateway.ingress.host": ("a b", "host"),
     "podSecurity.userId": (0, "userId"),
     "podSecurity.privileged": (True, "privileged"),

@@ -154,7 +154,6 @@ def test_a_ray_cluster_that_kuberay_would_refuse_is_noticed(spoil, tmp_path):
         ("NetworkPolicy", "podSelector"),
         ("ServiceMonitor", "selector"),
         ("ScaledObject", "triggers"),
-        ("GRPCRoute", "rules"),
     ],
 )
 def test_what_kubernetes_and_the_operators_would_refuse_is_noticed(kind, needed, tmp_path):
@@ -166,6 +165,29 @@ def test_what_kubernetes_and_the_operators_would_refuse_is_noticed(kind, needed,
     ):
         with pytest.raises(Exception):  # noqa: B017, PT011, each schema has a kind of its own
             chart_schemas.validate({**tree, "spec": spec})
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda spec: spec.update(unknown=1),
+        lambda spec: spec.update(hostnames=["a..b"]),
+        lambda spec: spec["parentRefs"][0].pop("name"),
+        lambda spec: spec["parentRefs"][0].update(namespace="A"),
+        lambda spec: spec["rules"][0].update(backendRef=[]),
+        lambda spec: spec["rules"][0].update(matches=[{"method": {"type": "Prefix"}}]),
+        lambda spec: spec["rules"][0]["backendRefs"][0].update(port="50051"),
+        lambda spec: spec["rules"][0]["backendRefs"][0].pop("name"),
+    ],
+)
+def test_a_route_that_the_gateway_api_would_refuse_is_noticed(spoil, tmp_path):
+    tree = find(render(EVERYTHING, tmp_path), "GRPCRoute")
+    by = chart_schemas.validate(tree)
+    if by.startswith("nothing: "):
+        pytest.skip(by)
+    spoil(tree["spec"])
+    with pytest.raises(jsonschema.ValidationError):
+        chart_schemas.validate(tree)
 
 
 @pytest.mark.parametrize("major", MAJORS)
