@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from tightfit.kernels.formats import Format
 from tightfit.workers.api import StageSpec, StageStatus
 from tightfit.workers.model_formats import AUTO
 
+ROOM_POLL_S: Final = 3.0
 NVIDIA_DRIVER: Final = Path("/proc/driver/nvidia/version")
 
 
@@ -88,7 +90,7 @@ def arrange(
         plan_config: how to plan, where `early` is None.
 
     Raises:
-        ConfigError: no device is of the kind that is asked for.
+        ConfigError: the settings make no sense for this model.
         PlacementError: the model does not fit, or a device is gone; see `place_on_devices`.
     """
     if early is not None and early.plan is None:
@@ -96,17 +98,42 @@ def arrange(
             device = "cuda" if session.has_gpus else "cpu"
             early = by_number(dataclasses.replace(early.config, device=device), model)
         return Arrangement(placement=early, specs=early.specs)
-    nodes = alive_nodes()
     if early is not None:
         assert early.plan is not None
         request = request_of(early.plan, model.config, Inventory(devices=()))
-        return _on_devices(session, nodes, early, request)
+        return _on_devices(session, alive_nodes(), early, request)
     assert plan_config is not None
-    found, request = _plan_now(config, model, plan_config, nodes)
+    found, request, nodes = _plan_when_there_is_room(session, config, model, plan_config)
     print(f"planned: {headline(found)}", file=sys.stderr)
     # What the plan was made by is in the plan.
     config = dataclasses.replace(config, memory_budget_bytes=None)
     return _on_devices(session, nodes, by_plan(config, model, found), request)
+
+
+def _plan_when_there_is_room(
+    session: RaySession, config: ServeConfig, model: ModelDescription, plan_config: PlanConfig
+) -> tuple[Plan, PlanRequest, Sequence[Node]]:
+    """A plan for the devices that there are, and the nodes. In a cluster of others, where nodes may
+    join and services end, room is waited for.
+
+    Raises:
+        PlacementError: the model does not fit, nor did it within `placement_timeout_s`.
+    """
+    limit_s = 0.0 if session.is_private else session.options.placement_timeout_s
+    deadline = time.monotonic() + limit_s
+    said = None
+    while True:
+        try:
+            nodes = alive_nodes()
+            return *_plan_now(config, model, plan_config, nodes), nodes
+        except PlacementError as error:
+            if time.monotonic() >= deadline:
+                raise
+            reason = str(error).partition("\n")[0]
+        if reason != said:
+            said = reason
+            print(f"{reason} (waiting up to {limit_s:g} s for room)", file=sys.stderr)
+        time.sleep(min(ROOM_POLL_S, max(0.0, deadline - time.monotonic())))
 
 
 def _plan_now(

@@ -37,6 +37,7 @@ from tightfit.cluster.replanning import PlanWatch, better_plan
 from tightfit.cluster.scheduling.batching import Scheduler, SchedulerConfig
 from tightfit.cluster.surroundings import Surroundings
 from tightfit.cluster.tokenizer import Tokenizer, load_tokenizer
+from tightfit.cluster.turn import PlanningTurn
 from tightfit.workers.api import LoadProgress, StageStatus
 from tightfit.workers.shard_bytes import format_label
 
@@ -175,6 +176,10 @@ def serve(config: ServeConfig, plan_config: PlanConfig | None = None) -> int:
         session = RaySession(ray_options(config if early is None else early.config))
         cleanup.callback(session.close)
         interrupts.check()
+        turn = PlanningTurn(config.model_name)
+        cleanup.callback(turn.release)
+        if early is None and not session.is_private:
+            turn.take(interrupts.check)
         arrangement = arrange(session, config, model, early, plan_config)
         budget, placement, config = (
             config.memory_budget_bytes,
@@ -187,6 +192,7 @@ def serve(config: ServeConfig, plan_config: PlanConfig | None = None) -> int:
         lost = LostStage()
         interrupts.check()
         replica = start_replica(session, arrangement, lost.report, cleanup, check=interrupts.check)
+        turn.release()
         engine = make_engine(placement, model, replica, tokenizer.result(), metrics)
         lost.tell(engine.fail)
         show(config, engine, metrics, registry, cleanup)

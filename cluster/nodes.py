@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tightfit.cluster.errors import PlacementError
@@ -26,6 +27,8 @@ PROBE_TIMEOUT_S = 180.0
 LOOK_TIMEOUT_S = 60.0
 MAX_LINKS = 8
 """That are measured: each takes about a second."""
+KINDS = {"cpu": "cpu", "cuda": "gpu"}
+"""Of devices, by what a user calls them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,12 +41,24 @@ class Node:
     address: str
     """Of its host."""
     cpus: int
-    """That Ray may give out on it."""
+    """That Ray gives out on it."""
     gpus: int
+    free_cpus: int
+    """That nothing holds now."""
+    free_gpus: int
 
     def may_hold(self, kind: str) -> bool:
-        """Ray would start stages on its devices of this kind ("cpu", "gpu")."""
+        """Ray starts stages on its devices of this kind ("cpu", "gpu")."""
         return self.cpus > 0 and (kind == "cpu" or self.gpus > 0)
+
+    def has_room(self, kind: str) -> bool:
+        """Ray would start a stage on one of its devices of this kind now."""
+        return self.free_cpus > 0 and (kind == "cpu" or self.free_gpus > 0)
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing holds any of its devices."""
+        return (self.free_cpus, self.free_gpus) == (self.cpus, self.gpus)
 
 
 def alive_nodes() -> list[Node]:
@@ -52,14 +67,9 @@ def alive_nodes() -> list[Node]:
     Raises:
         PlacementError: two have one name, so that a plan could not tell them apart.
     """
+    free = available_resources_per_node()
     found = [
-        Node(
-            name=node.get("Labels", {}).get(NODE_LABEL) or node["NodeManagerHostname"],
-            ray_id=node["NodeID"],
-            address=node["NodeManagerAddress"],
-            cpus=int(node["Resources"].get("CPU", 0)),
-            gpus=int(node["Resources"].get("GPU", 0)),
-        )
+        _node(node, free.get(node["NodeID"], node["Resources"]))  # a node is known before its room
         for node in ray.nodes()
         if node["Alive"]
     ]
@@ -73,17 +83,55 @@ def alive_nodes() -> list[Node]:
     return sorted(useful, key=lambda node: node.name)
 
 
+def _node(node: Mapping[str, Any], free: Mapping[str, float]) -> Node:
+    return Node(
+        name=node.get("Labels", {}).get(NODE_LABEL) or node["NodeManagerHostname"],
+        ray_id=node["NodeID"],
+        address=node["NodeManagerAddress"],
+        cpus=int(node["Resources"].get("CPU", 0)),
+        gpus=int(node["Resources"].get("GPU", 0)),
+        free_cpus=int(free.get("CPU", 0)),
+        free_gpus=int(free.get("GPU", 0)),
+    )
+
+
 def measure_nodes(nodes: Sequence[Node], device: str) -> tuple[list[NodeProbe], LinkRate | None]:
-    """What each node measures of itself, and the slowest link between them.
+    """What each node that has room measures of itself, and the slowest link between them.
+
+    Args:
+        nodes: of the cluster.
+        device: "cpu", "cuda", or "auto": GPUs where some node has any.
 
     Raises:
-        PlacementError: see `probe_nodes` and `slowest_link`.
+        PlacementError: no node has room; see `probe_nodes` and `slowest_link`.
     """
-    return probe_nodes(nodes, device), slowest_link(nodes)
+    kind = KINDS.get(device) or ("gpu" if any(n.may_hold("gpu") for n in nodes) else "cpu")
+    roomy = [node for node in nodes if node.has_room(kind)]
+    if not roomy:
+        raise PlacementError(_why_no_room(nodes, kind))
+    return probe_nodes(roomy, device if kind == "gpu" else "cpu"), slowest_link(roomy)
+
+
+def _why_no_room(nodes: Sequence[Node], kind: str) -> str:
+    what = "GPU" if kind == "gpu" else "CPU"
+    if not any(node.may_hold(kind) for node in nodes):
+        names = ", ".join(node.name for node in nodes) or "it has none at all"
+        return f"no node of the Ray cluster has a {what} to give out ({names}): start one that has"
+    free = "; ".join(f"{node.name}: {_free(node, kind)}" for node in nodes)
+    return (
+        f"every node of the Ray cluster that has a {what} is held by other services; free are "
+        f"{free}. Add a node, or end what holds them"
+    )
+
+
+def _free(node: Node, kind: str) -> str:
+    cpus = f"{node.free_cpus} of {node.cpus} CPUs"
+    return cpus if kind == "cpu" else f"{node.free_gpus} of {node.gpus} GPUs and {cpus}"
 
 
 def probe_nodes(nodes: Sequence[Node], device: str) -> list[NodeProbe]:
-    """What each node measures of itself, all at the same time; rates are cached on each.
+    """What each node measures of itself, all at the same time; rates are cached on each. GPUs that
+    Ray has given to others count as full.
 
     Args:
         nodes: to ask.
@@ -93,7 +141,27 @@ def probe_nodes(nodes: Sequence[Node], device: str) -> list[NodeProbe]:
         PlacementError: a node did not answer, or cannot measure.
     """
     refs = [_task(node, probe_this_node).remote(node.name, device) for node in nodes]
-    return _answers(nodes, refs, PROBE_TIMEOUT_S)
+    found = _answers(nodes, refs, PROBE_TIMEOUT_S)
+    return [without_held(probe, node) for node, probe in zip(nodes, found, strict=True)]
+
+
+def without_held(probe: NodeProbe, node: Node) -> NodeProbe:
+    """A node's devices, those GPUs counting as full that Ray has given to others: the ones with the
+    least memory free, as Ray does not say which they are."""
+    gpus = sorted(
+        (device for device in probe.devices if device.kind == "gpu"),
+        key=lambda device: -device.memory.free_bytes,
+    )
+    held = {device.device for device in gpus[node.free_gpus :]}
+    return replace(
+        probe,
+        devices=tuple(
+            replace(device, memory=replace(device.memory, free_bytes=0))
+            if device.device in held
+            else device
+            for device in probe.devices
+        ),
+    )
 
 
 def look_at_nodes(

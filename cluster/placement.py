@@ -272,7 +272,7 @@ def place_on_devices(
     on_node = Counter(stage.node for stage in plan.stages)
     specs = []
     for spec, stage, device in zip(placement.specs, plan.stages, found, strict=True):
-        threads = spec.num_threads or max(1, by_name[stage.node].cpus // on_node[stage.node])
+        threads = spec.num_threads or max(1, by_name[stage.node].free_cpus // on_node[stage.node])
         room = _room_now(plan, spec.stage_index, device)
         specs.append(
             dataclasses.replace(

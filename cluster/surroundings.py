@@ -7,9 +7,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from tightfit.cluster.errors import ConfigError
+from tightfit.cluster.errors import PlacementError
 from tightfit.cluster.measured import ROUNDED_TO, inventory_tree
-from tightfit.cluster.nodes import Node, alive_nodes, look_at_nodes, probe_nodes
+from tightfit.cluster.nodes import (
+    KINDS,
+    Node,
+    alive_nodes,
+    look_at_nodes,
+    probe_nodes,
+    without_held,
+)
 from tightfit.cluster.placement import Place
 from tightfit.cluster.planning.inventory import Device, DeviceType, Inventory, parse_inventory
 from tightfit.cluster.planning.plan import Plan, StagePlan
@@ -54,13 +61,13 @@ def live_inventory(
         cpu_budget_bytes: what may be taken of each host; None: what is free less a reserve.
 
     Raises:
-        ConfigError: there is none, or a host has not so much free.
+        PlacementError: there is none, or a host has not so much free.
     """
     kinds = {d.kind for probe in probes for d in probe.devices if d.rates is not None}
-    kind = {"cuda": "gpu", "cpu": "cpu"}.get(device, "gpu" if "gpu" in kinds else "cpu")
+    kind = KINDS.get(device, "gpu" if "gpu" in kinds else "cpu")
     if kind not in kinds:
         notes = "; ".join(note for probe in probes for note in probe.notes)
-        raise ConfigError(
+        raise PlacementError(
             f"no {kind} that a plan could use on {', '.join(probe.node for probe in probes)}"
             + (f": {notes}" if notes else "")
         )
@@ -77,7 +84,7 @@ def planned_bytes(device: DeviceProbe, cpu_budget_bytes: int | None) -> int:
     off later; of a host what is declared, or left by a reserve.
 
     Raises:
-        ConfigError: a host has not so much free.
+        PlacementError: a host has not so much free.
     """
     memory = device.memory
     if device.kind == "gpu":
@@ -86,7 +93,7 @@ def planned_bytes(device: DeviceProbe, cpu_budget_bytes: int | None) -> int:
         reserve = HOST_RESERVE_BYTES + memory.total_bytes // HOST_RESERVE_SHARE
         return max(0, memory.free_bytes - reserve) // ROUNDED_TO * ROUNDED_TO
     if cpu_budget_bytes > memory.free_bytes:
-        raise ConfigError(
+        raise PlacementError(
             f"a budget of {cpu_budget_bytes:,} bytes is more than the {memory.free_bytes:,} that "
             f"are free on the host (by {memory.bound_by}): ask for less, or free some"
         )
@@ -97,8 +104,9 @@ class Surroundings:
     """The devices around a running service: those that it is on, as if they held nothing, and
     what else the cluster has by now.
 
-    Rates are measured once for each node that joins, and never on a node that holds a stage: that
-    would slow the service down. Of such a node, GPUs that hold none are looked at.
+    Rates are measured once for each node that joins, and never on a node that holds a stage, ours
+    or another service's: that would slow it down. Of nodes of ours, GPUs that hold none are looked
+    at. What Ray has given to others is not there for us.
 
     Args:
         plan: what is served.
@@ -123,7 +131,7 @@ class Surroundings:
         self._held_ids = held
         self._held_gpus = frozenset(p.gpu_uuid for p in places if p.gpu_uuid is not None)
         self._used = {stage.device for stage in plan.stages}
-        self._known: dict[str, NodeProbe] = {}
+        self._known: dict[str, NodeProbe] = {}  # by Ray's id, as names come back with other nodes
         self._cpu_budget_bytes = cpu_budget_bytes
 
     def inventory(self) -> Inventory:
@@ -141,7 +149,11 @@ class Surroundings:
             return self._base
         held = [node for node in nodes if node.ray_id in self._held_ids]
         seen = look_at_nodes(held, frozenset({"gpu"}), self._held_gpus)
-        free = {d.uuid: d.free_bytes for devices in seen.values() for d in devices}
+        free: dict[str | None, int] = {}
+        for node in held:
+            # Ray does not say which GPUs it gave to others: the ones with the least memory free.
+            found = sorted(seen[node.name], key=lambda d: -d.free_bytes)[: node.free_gpus]
+            free |= {device.uuid: device.free_bytes for device in found}
         return [
             device if device.device_id in self._used
             else replace(device, free_bytes=free.get(device.uuid, 0))
@@ -150,19 +162,18 @@ class Surroundings:
 
     def _others(self, nodes: Sequence[Node]) -> tuple[Device, ...]:
         device = "cuda" if self._kind == "gpu" else "cpu"
-        known = [node for node in nodes if node.name in self._known]
-        now = look_at_nodes(known, frozenset({self._kind}))
-        fresh = probe_nodes([node for node in nodes if node.name not in self._known], device)
-        self._known = {
-            **{name: _as_now(self._known[name], devices) for name, devices in now.items()},
-            **{probe.node: probe for probe in fresh},
-        }
-        if not any(probe.devices for probe in self._known.values()):
+        roomy = [node for node in nodes if node.has_room(self._kind)]
+        fresh = [node for node in roomy if node.is_idle and node.ray_id not in self._known]
+        for node, probe in zip(fresh, probe_nodes(fresh, device), strict=True):
+            self._known[node.ray_id] = probe
+        known = [node for node in roomy if node.ray_id in self._known]
+        seen = look_at_nodes(known, frozenset({self._kind}))
+        now = [
+            without_held(_as_now(self._known[node.ray_id], seen[node.name]), node) for node in known
+        ]
+        if not any(probe.devices for probe in now):
             return ()
-        found = live_inventory(
-            list(self._known.values()), device, cpu_budget_bytes=self._cpu_budget_bytes
-        )
-        return found.devices
+        return live_inventory(now, device, cpu_budget_bytes=self._cpu_budget_bytes).devices
 
 
 def _as_now(probe: NodeProbe, devices: Sequence[PresentDevice]) -> NodeProbe:

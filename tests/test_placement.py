@@ -97,7 +97,10 @@ def two_gpus():
     return plan_for(*gpus, pins={"a:2": (0, 2), "a:0": (2, 4)})
 
 
-NODES = [Node(name=name, ray_id=f"id-{name}", address="", cpus=4, gpus=3) for name in ("a", "b")]
+NODES = [
+    Node(name=name, ray_id=f"id-{name}", address="", cpus=4, gpus=3, free_cpus=4, free_gpus=3)
+    for name in ("a", "b")
+]
 
 
 def host(free=2**30):

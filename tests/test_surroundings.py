@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from test_probe_command import device, gpu, rates
 
-from tightfit.cluster.errors import ConfigError
+from tightfit.cluster.errors import PlacementError
 from tightfit.cluster.surroundings import HOST_RESERVE_BYTES, live_inventory
 from tightfit.workers.probing.result import LinkRate, NodeProbe
 
@@ -34,12 +34,16 @@ def test_a_host_keeps_a_reserve_unless_its_share_is_declared():
 
 
 def test_a_share_that_is_not_free_is_refused():
-    with pytest.raises(ConfigError, match=r"more than the 21,474,841,480 that are free .*MemAvail"):
+    with pytest.raises(
+        PlacementError, match=r"more than the 21,474,841,480 that are free .*MemAvail"
+    ):
         live_inventory([node("n1", device())], "cpu", cpu_budget_bytes=21 * GIB)
 
 
 def test_a_kind_that_no_node_has_is_refused_with_what_the_probe_noted():
-    with pytest.raises(ConfigError, match="no gpu that a plan could use on n1: the driver is old"):
+    with pytest.raises(
+        PlacementError, match="no gpu that a plan could use on n1: the driver is old"
+    ):
         live_inventory([node("n1", device(), notes=["the driver is old"])], "cuda")
 
 

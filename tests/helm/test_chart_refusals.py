@@ -134,12 +134,13 @@ def test_the_base_that_is_spoilt_is_good(tmp_path):
     assert run_helm(4, "template", BASE, tmp_path).returncode == 0
 
 
-def test_replicas_that_would_plan_for_the_same_devices_are_refused(tmp_path):
+def test_replicas_that_plan_need_a_device_each(tmp_path):
     serve = {key: value for key, value in BASE["serve"].items() if key != "stages"}
     one = {**BASE, "serve": serve}
-    assert run_helm(4, "template", one, tmp_path).returncode == 0
-    done = run_helm(4, "template", over(one, nested("gateway.replicas", 2)), tmp_path)
-    assert "gateway.replicas: 2 replicas need serve.stages" in done.stderr
+    four = over(one, nested("gateway.replicas", 4))
+    assert run_helm(4, "template", four, tmp_path).returncode == 0
+    done = run_helm(4, "template", over(one, nested("gateway.replicas", 5)), tmp_path)
+    assert "gateway.replicas: 5 replicas with a device each are more than the 4" in done.stderr
 
 
 def test_everything_that_is_missing_is_said_at_once(tmp_path):

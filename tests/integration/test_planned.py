@@ -99,7 +99,7 @@ def test_a_plan_with_two_formats_is_served_by_a_private_cluster(model, tmp_path,
     [
         (("--memory-budget", "20KiB"), "does not fit"),
         (("--plan", "/nowhere.yaml"), "/nowhere.yaml"),
-        (("--device", "cuda"), "cannot measure its devices: torch"),
+        (("--device", "cuda"), "no node of the Ray cluster has a GPU to give out"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_and_nothing_is_left(model, flags, message):

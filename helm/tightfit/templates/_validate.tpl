@@ -83,8 +83,8 @@ gateway.autoscaling.prometheusAddress: missing; KEDA asks it for the length of t
 {{- if and .Values.pools (gt (mul $most $stages) $devices) }}
 {{ $path }}: {{ $most }} × serve.stages, {{ $stages }}, is more than the {{ $devices }} device(s) of all pools
 {{- end }}
-{{- if and (gt $most 1) (not $stages) }}
-{{ $path }}: {{ $most }} replicas need serve.stages; each would plan for the devices that it finds, and they find the same
+{{- if and .Values.pools (not $stages) (gt $most $devices) }}
+{{ $path }}: {{ $most }} replicas with a device each are more than the {{ $devices }} device(s) of all pools
 {{- end }}
 {{- end -}}
 
