@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from tightfit.client._security import ConnectOptions
 from tightfit.client.load import Load, run, summary
 
 PROMPT_TOKENS = 20
@@ -181,9 +182,11 @@ class Service:
             process.stdout.close()
         self._errors.close()
 
-    def load(self, *, streams: int, tokens: int, seed: int = 0) -> dict[str, object]:
+    def load(
+        self, *, streams: int, tokens: int, seed: int = 0, options: ConnectOptions | None = None
+    ) -> dict[str, object]:
         """`streams` requests at once, each of PROMPT_TOKENS prompt tokens and `tokens` new ones;
-        the load client's summary.
+        the load client's summary. `options` are the client's.
 
         Raises:
             SystemExit: a request failed, or a token was lost.
@@ -192,7 +195,7 @@ class Service:
             prompts=prompts(streams, seed=seed), num_requests=streams, max_tokens=tokens,
             ignore_eos=True, concurrency=streams, timeout_s=REQUEST_LIMIT_S,
         )  # fmt: skip
-        result = summary(*asyncio.run(run(self.target, load)))
+        result = summary(*asyncio.run(run(self.target, load, options)))
         if (
             result["errors"]
             or result["wrong_offsets"]

@@ -1,16 +1,19 @@
-"""What watching a service costs: metrics scraped, every request traced and logged, the live page
-open.
+"""What watching a service costs: metrics scraped, every request traced, the live page open.
 
-`python bench/observability.py`. Two services of the same model run side by side, one watched, one
-not, and take turns at the same load, so that a slow minute of the machine hits both alike. The
-watcher itself (scraper, collector of traces, browser's questions) runs on the same cores. Also the
-time of what is always counted, in a loop. Prints JSON.
+`python bench/observability.py`. One service meets the same load again and again, now watched and
+now not, in an order by lot: two services of one model, side by side, differ by more than what is
+sought, and a slow minute of the machine hits all sides alike. The watcher itself (scraper,
+collector of traces, browser's questions) runs on the same cores. What is done whether somebody
+watches or not is timed in a loop: what is counted, and the line that is logged of a request.
+Prints JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 import random
 import signal
 import statistics
@@ -18,21 +21,26 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import grpc
+import psutil
 from prometheus_client import CollectorRegistry
 
+from tightfit.cluster.gateway.watch import log_fields
 from tightfit.cluster.metrics import Metrics
+from tightfit.cluster.request import FinishReason, RequestRecord
 from tightfit.cluster.scheduling.config import SchedulerCounts
+from tightfit.workers.logs import JsonFormatter
 
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 import harness
 
-STREAMS, TOKENS = 16, 32
+STREAMS, TOKENS = 16, 64
 SCRAPE_S = 1.0
 STAGES = 2
 LOOPS = 5000
@@ -84,50 +92,97 @@ def watching(*urls: str) -> Iterator[None]:
         thread.join()
 
 
-def tokens_per_s(service: harness.Service, seed: int) -> float:
-    """Of one load, by the clients' clock."""
-    started = time.perf_counter()
-    service.load(streams=STREAMS, tokens=TOKENS, seed=seed)
-    return STREAMS * TOKENS / (time.perf_counter() - started)
+class Side(NamedTuple):
+    """One way of watching, or of not watching, the one service."""
+
+    is_traced: bool
+    urls: tuple[str, ...]
+    """What is asked every second meanwhile."""
 
 
-def paired(pairs: int) -> dict[str, object]:
-    """Throughput watched over unwatched, a ratio for each pair of loads."""
+class Turn(NamedTuple):
+    """What one load came to."""
+
+    tokens_per_s: float
+    """By the clients' clock."""
+    cpu_s: float
+    """Of the service's processes, stages included."""
+
+
+def one_turn(service: harness.Service, side: Side, seed: int) -> Turn:
+    """One load, watched as the side says. A caller's `traceparent` decides whether it is traced."""
+    trace = f"00-{seed + 1:032x}-{1:016x}-0{int(side.is_traced)}"
+    processes = [psutil.Process(service.pid)]
+    processes += processes[0].children(recursive=True)
+    before = cpu_s(processes)
+    with watching(*side.urls):
+        started = time.perf_counter()
+        service.load(
+            streams=STREAMS, tokens=TOKENS, seed=seed,
+            options={"metadata": [("traceparent", trace)]},
+        )  # fmt: skip
+        wall_s = time.perf_counter() - started
+    return Turn(STREAMS * TOKENS / wall_s, cpu_s(processes) - before)
+
+
+def cpu_s(processes: Iterable[psutil.Process]) -> float:
+    """That they have had, in seconds."""
+    times = [process.cpu_times() for process in processes]
+    return sum(each.user + each.system for each in times)
+
+
+def watched(rounds: int) -> dict[str, object]:
+    """Each way of watching over not watching, a ratio for each round; and not watching over not
+    watching, which tells how far to trust the others."""
     metrics, live = (f"127.0.0.1:{harness.free_port()}" for _ in range(2))
-    common = ("--stages", str(STAGES), "--threads-per-stage", "1", "--format", "int8")
-    plain: list[float] = []
-    watched: list[float] = []
+    scrape, draw = f"http://{metrics}/metrics", f"http://{live}/live.json"
+    sides = {
+        "plain": Side(False, ()),
+        "plain again": Side(False, ()),
+        "scraped and traced": Side(True, (scrape,)),
+        "scraped, traced and drawn": Side(True, (scrape, draw)),
+    }
+    turns: dict[str, list[Turn]] = {name: [] for name in sides}
+    order = random.Random(0)
     with collector() as (endpoint, spans):
-        seen = (
+        flags = (
+            "--stages", str(STAGES), "--threads-per-stage", "1", "--format", "int8",
             "--metrics-listen", metrics, "--live-listen", live, "--trace-endpoint", endpoint,
             "--log-level", "info", "--log-format", "json",
         )  # fmt: skip
-        with harness.Service(*common) as off, harness.Service(*common, *seen) as on:
-            for service in (off, on):
-                tokens_per_s(service, seed=0)  # warm
+        with harness.Service(*flags) as service:
+            one_turn(service, sides["plain"], 0)  # warm
             busy = harness.settle()
-            for pair in range(1, pairs + 1):
-                turns = [(off, plain), (on, watched)]
-                for service, rates in turns if pair % 2 else reversed(turns):
-                    if service is off:
-                        rates.append(tokens_per_s(service, pair))
-                        continue
-                    with watching(f"http://{metrics}/metrics", f"http://{live}/live.json"):
-                        rates.append(tokens_per_s(service, pair))
-                print(f"pair {pair}: {plain[-1]:.1f}, {watched[-1]:.1f} tokens/s", file=sys.stderr)
+            for number in range(1, rounds + 1):
+                for name in order.sample(list(sides), len(sides)):
+                    turns[name].append(one_turn(service, sides[name], number))
+                shown = ", ".join(f"{name} {turns[name][-1].tokens_per_s:.1f}" for name in sides)
+                print(f"round {number}, tokens/s: {shown}", file=sys.stderr)
         time.sleep(6)  # the last batch of spans
-        if sum(spans) < (pairs + 1) * STREAMS:
-            raise SystemExit(f"only {sum(spans)} spans came")
-    ratios = [w / p for w, p in zip(watched, plain, strict=True)]
-    low, high = interval(ratios)
+    if sum(spans) != 2 * rounds * STREAMS:
+        raise SystemExit(f"{sum(spans)} spans came, not {2 * rounds * STREAMS}")
     return {
-        "pairs": pairs,
+        "rounds": rounds,
         "busy_before": round(busy, 2),
-        "plain_tokens_per_s": round(statistics.median(plain), 1),
-        "watched_tokens_per_s": round(statistics.median(watched), 1),
-        "ratio": round(statistics.mean(ratios), 4),
-        "ratio_95": [round(low, 4), round(high, 4)],
+        "plain_tokens_per_s": round(statistics.median(t.tokens_per_s for t in turns["plain"]), 1),
+        "over_plain": {name: compared(turns, name) for name in sides if name != "plain"},
     }
+
+
+def compared(turns: dict[str, list[Turn]], name: str) -> dict[str, object]:
+    """One side over those that nobody watched, by rounds: tokens per second, and CPU time."""
+    others = ["plain"] if name == "plain again" else ["plain", "plain again"]
+    base = list(zip(*(turns[other] for other in others), strict=True))
+    found = {}
+    for field in Turn._fields:
+        means = [statistics.mean(getattr(turn, field) for turn in each) for each in base]
+        ratios = [getattr(t, field) / mean for t, mean in zip(turns[name], means, strict=True)]
+        low, high = interval(ratios)
+        found[field] = {
+            "ratio": round(statistics.mean(ratios), 4),
+            "ratio_95": [round(low, 4), round(high, 4)],
+        }
+    return found
 
 
 def interval(ratios: list[float]) -> tuple[float, float]:
@@ -138,7 +193,8 @@ def interval(ratios: list[float]) -> tuple[float, float]:
 
 
 def counting() -> dict[str, float]:
-    """Microseconds of what is counted always, watched or not: for each step, and each token."""
+    """Microseconds of what is done whether somebody watches or not: what is counted for each step
+    and each token, and the JSON line that is logged of a request."""
     metrics = Metrics(CollectorRegistry(), num_stages=STAGES)
     fields = dict.fromkeys(SchedulerCounts.__dataclass_fields__, 1)
     counts = SchedulerCounts(**fields)
@@ -153,7 +209,28 @@ def counting() -> dict[str, float]:
         metrics.observe_step(wall_s=0.01, forward_s=[0.004, 0.004])
         metrics.set_counts(counts)
 
-    return {"step_us": each(step), "token_us": each(lambda: metrics.observe_inter_token(0.01))}
+    return {
+        "step_us": each(step),
+        "token_us": each(lambda: metrics.observe_inter_token(0.01)),
+        "request_line_us": each(request_line()),
+    }
+
+
+def request_line() -> Callable[[], None]:
+    """Logs a finished request, to nowhere."""
+    record = RequestRecord(
+        request_id="r-1", method="GenerateStream", finish_reason=FinishReason.LENGTH,
+        started_s=1.0, tokenized_s=1.001, admitted_s=1.01, first_token_s=1.1, ended_s=2.0,
+        num_prompt_tokens=20, num_cached_tokens=0, num_generated_tokens=TOKENS, num_sequences=1,
+        recomputed_s=(), client="bench",
+    )  # fmt: skip
+    log = logging.getLogger("tightfit.bench")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    handler = logging.StreamHandler(open(os.devnull, "w"))  # noqa: SIM115, for as long as we live
+    handler.setFormatter(JsonFormatter({}))
+    log.addHandler(handler)
+    return lambda: log.info("finished", extra=log_fields(record))
 
 
 def _interrupted(*_: object) -> None:
@@ -163,10 +240,14 @@ def _interrupted(*_: object) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=20, help="loads of each service")
+    parser.add_argument("--rounds", type=int, default=30, help="loads of each side")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, _interrupted)  # so that services are ended then, too
-    figures = {"machine": harness.machine(), "counting": counting(), "watched": paired(args.pairs)}
+    figures = {
+        "machine": harness.machine(),
+        "counting": counting(),
+        "watched": watched(args.rounds),
+    }
     print(json.dumps(figures, indent=1))
 
 

@@ -1,5 +1,6 @@
 """Traces of requests, as a collector gets them."""
 
+import asyncio
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from otlp_receiver import Receiver
 from real_gateway import real_gateway
 from served import wait_for
 
+from tightfit.client import AsyncClient, Client
 from tightfit.cluster.config import serve_config
 from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.tracing import Tracing, otlp_exporter
@@ -80,6 +82,25 @@ async def test_the_callers_traceparent_is_the_parent_and_decides():
     (span,) = traced.spans()
     assert format(span.context.trace_id, "032x") == TRACE
     assert format(span.parent.span_id, "016x") == PARENT
+
+
+@in_loop
+async def test_the_python_clients_send_a_traceparent_that_they_are_given():
+    traced = Traced(share=0.0)
+    header = ("traceparent", f"00-{TRACE}-{PARENT}-01")
+    async with real_gateway(tracer=traced.tracing) as (gateway, _):
+        async with AsyncClient(gateway.target, metadata=[header]) as client:
+            await client.generate("Im Wald", max_tokens=3)
+        async with AsyncClient(gateway.target) as client:
+            await client.generate("Im Wald", max_tokens=3)
+
+        def ask():
+            with Client(gateway.target, metadata=[header]) as client:
+                client.generate("Im Wald", max_tokens=3)
+
+        await asyncio.to_thread(ask)
+    spans = traced.spans()
+    assert [format(span.context.trace_id, "032x") for span in spans] == [TRACE, TRACE]
 
 
 @in_loop

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -16,12 +17,17 @@ TOKEN_VARIABLE = "TIGHTFIT_TOKEN"
 MAX_TOKEN_FILE_BYTES = 4096
 
 
+Metadata = Sequence[tuple[str, str]]
+"""Of a call: names and values."""
+
+
 class ConnectOptions(TypedDict, total=False):
     """Keyword arguments of a client besides its target and deadline."""
 
     credentials: grpc.ChannelCredentials | None
     token: str | None
     insecure_token: bool
+    metadata: Metadata
 
 
 def tls_credentials(

@@ -8,7 +8,7 @@ from typing import Any, Self, TypeVar, Unpack
 import grpc
 
 from tightfit.client import _convert
-from tightfit.client._security import call_metadata, channel_options
+from tightfit.client._security import Metadata, call_metadata, channel_options
 from tightfit.client._types import Chunk, Generation, Model, Prompt, SamplingOptions, Scores
 from tightfit.v1 import (
     cluster_pb2,
@@ -30,6 +30,8 @@ class Client:
             changed on its way.
         token: sent with every call; None: none.
         insecure_token: send the token to another machine even without TLS.
+        metadata: sent with every call as well, such as a `traceparent` (W3C Trace Context).
+
     Raises:
         ValueError: there is a token, no TLS, and the target is another machine.
     """
@@ -42,10 +44,12 @@ class Client:
         credentials: grpc.ChannelCredentials | None = None,
         token: str | None = None,
         insecure_token: bool = False,
+        metadata: Metadata = (),
     ) -> None:
         self._metadata = call_metadata(
             target, token, is_encrypted=credentials is not None, insecure_token=insecure_token
         )
+        self._metadata += tuple(metadata)
         options = channel_options(target)
         self._channel = (
             grpc.insecure_channel(target, options=options)
