@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import gateway_api
 import jsonschema
 import kubernetes_validate
+import referencing
 import yaml
 from cloudcoil.models.keda import v1alpha1 as keda
 from cloudcoil.models.prometheus_operator import v1 as prometheus
@@ -70,8 +72,27 @@ def _validate(text: str) -> str:
         route.validate(tree["spec"])
         return "the Gateway API's types"
     for version in VERSIONS:
-        kubernetes_validate.validate(tree, version, strict=True)
+        _kubernetes_validator(version, kind, tree["apiVersion"]).validate(tree)
     return "Kubernetes"
+
+
+@functools.cache  # a version's definitions are megabytes
+def _kubernetes_definitions(version: str) -> tuple[Path, referencing.Registry]:
+    """Directory of a version's schemas, in which unknown fields are errors, and what they share."""
+    place = Path(kubernetes_validate.__file__).parent / "kubernetes-json-schema"
+    (directory,) = place.glob(f"v{version}.*-local-strict")
+    shared = json.loads((directory / "_definitions.json").read_text())
+    return directory, referencing.Resource.from_contents(shared) @ referencing.Registry()
+
+
+@functools.cache
+def _kubernetes_validator(
+    version: str, kind: str, api_version: str
+) -> jsonschema.Draft202012Validator:
+    directory, registry = _kubernetes_definitions(version)
+    group = re.sub(r"^([^./]*)(?:\.[^/]*)?/", r"\1-", api_version)  # as the files are called
+    schema = json.loads((directory / f"{kind.lower()}-{group}.json").read_text())
+    return jsonschema.Draft202012Validator(schema, registry=registry)
 
 
 @functools.cache
