@@ -36,6 +36,11 @@ SHARED_MEMORY_BYTES: Final = {
 Specifications per Compute Capability", less the 1 KB of the system)."""
 
 
+TENSOR_MEMORY_COLUMNS: Final = 512
+"""Most of the tensor memory of capability 10.0 that one thread block can have (PTX ISA,
+"tcgen05.alloc"). Triton compiles a kernel that asks for more to one that only traps."""
+
+
 class Chip(Enum):
     """Chips that take the same tiles, by their capabilities."""
 
@@ -121,6 +126,8 @@ class Compiled:
     """Of a thread block."""
     num_tensor_ops: int
     """Tensor-core instructions in the code."""
+    tensor_columns: int
+    """Of a thread block, in tensor memory; 0 where a chip has none."""
     loads: Mapping[int, int] = field(default_factory=dict)
     """Instructions that load from global memory, by bytes for each thread."""
 
@@ -169,6 +176,7 @@ def compile_case(case: Case, capability: int) -> Compiled:
         stack_bytes=_figure(usage, "STACK") + _figure(usage, "LOCAL"),
         shared_bytes=built.metadata.shared,
         num_tensor_ops=len(re.findall(TENSOR_OPS, code)),
+        tensor_columns=getattr(built.metadata, "tmem_size", None) or 0,
         loads=_loads(code) if is_readable else _ptx_loads(code),
     )
 

@@ -56,6 +56,10 @@ MIN_PROGRAMS: Final = 640
 """Programs that there are at least, by splitting K: an H100 loses 15 % with 448 of them."""
 MIN_STEPS_PER_SPLIT: Final = 4
 
+MAX_NEWEST_TOKENS: Final = {4: 64, 3: 32}
+"""Of a program, by bits: Triton 3.7 gives each of the four or eight products of a turn sums of its
+own in tensor memory, which has 512 columns."""
+
 REDUCE_BLOCK_N: Final = 512
 
 
@@ -102,6 +106,8 @@ def choose_tile(
         block_t = 128 if bits == 4 else 64
         block_n, num_warps = 128, 8
         num_stages = 2 if chip is Chip.SMALL or bits == 3 else 3
+    if chip is Chip.NEWEST:
+        block_t = min(block_t, MAX_NEWEST_TOKENS[bits])
     splits = 1
     if n_tokens <= 64:
         wanted = triton.cdiv(MIN_PROGRAMS, triton.cdiv(n_out, block_n))

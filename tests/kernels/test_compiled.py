@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tightfit.kernels.compiled import CAPABILITIES, OLD_CAPABILITIES, Compiled
+from tightfit.kernels.compiled import (
+    CAPABILITIES,
+    OLD_CAPABILITIES,
+    TENSOR_MEMORY_COLUMNS,
+    Compiled,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,6 +56,7 @@ def test_the_code_spills_nothing_fits_shared_memory_and_uses_what_the_chip_has(f
         where = f"{one.name} on {one.capability}"
         assert one.stack_bytes == 0, where
         assert one.shared_bytes <= one.shared_limit_bytes, where
+        assert one.tensor_columns <= TENSOR_MEMORY_COLUMNS, where
         assert (one.num_tensor_ops > 0) is one.has_dot, where
         assert one.widest_load_bytes == WIDEST_LOADS.get(_kind(one), 16), where
 
