@@ -134,7 +134,7 @@ class Compiled:
         return max(self.loads, default=0)
 
 
-def compile_cases(cases: Sequence[Case], capability: int) -> list[Compiled]:
+def compile_all(cases: Sequence[Case], capability: int) -> list[Compiled]:
     """Compile for one capability and read the machine code.
 
     Raises:

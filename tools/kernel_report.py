@@ -27,7 +27,7 @@ from tightfit.kernels import (
     w8a16,
     wxa16,
 )
-from tightfit.kernels.compiled import Compiled, compile_cases
+from tightfit.kernels.compiled import Compiled, compile_all
 from tightfit.kernels.formats import Format, linear_bytes
 
 MODULES = (
@@ -78,7 +78,7 @@ BATCH = 16
 
 def _compile(jobs: Sequence[tuple[int, int, int]]) -> list[Compiled]:
     cases = [MODULES[module].compile_cases()[index] for module, index, _ in jobs]
-    return compile_cases(cases, jobs[0][2])
+    return compile_all(cases, jobs[0][2])
 
 
 def document(found: Sequence[Compiled]) -> str:
