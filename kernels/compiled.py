@@ -10,18 +10,17 @@ and 70 V100 have no tensor cores in Triton.
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from tightfit.kernels import machine_code
 
 CAPABILITIES: Final = (80, 86, 89, 90, 100)
 """Compute capabilities × 10 on which every kernel must compile."""
@@ -142,13 +141,41 @@ class Compiled:
         return max(self.loads, default=0)
 
 
-def compile_case(case: Case, capability: int) -> Compiled:
+def compile_all(cases: Sequence[Case], capability: int) -> list[Compiled]:
     """Compile for one capability and read the machine code.
 
     Raises:
         triton.CompilationError, or another error of Triton's: the code does not compile.
         KeyError: a capability whose limits are not known here.
     """
+    built = [_compile(case, capability) for case in cases]
+    if capability in UNREADABLE:
+        codes, loads_of = [one.asm["ptx"] for one in built], machine_code.ptx_loads
+    else:
+        codes = machine_code.disassemble([one.asm["cubin"] for one in built], capability)
+        loads_of = machine_code.loads
+    found = []
+    for case, one, code in zip(cases, built, codes, strict=True):
+        usage = machine_code.resource_usage(one.asm["cubin"])
+        figure = partial(machine_code.figure, usage)
+        found.append(
+            Compiled(
+                name=case.name,
+                capability=capability,
+                has_dot=case.has_dot,
+                registers=figure("REG"),
+                stack_bytes=figure("STACK") + figure("LOCAL"),
+                shared_bytes=one.metadata.shared,
+                num_tensor_ops=len(re.findall(TENSOR_OPS, code)),
+                tensor_columns=getattr(one.metadata, "tmem_size", None) or 0,
+                loads=loads_of(code),
+            )
+        )
+    return found
+
+
+def _compile(case: Case, capability: int) -> Any:
+    """What Triton makes of it: `asm` with PTX and cubin, `metadata`."""
     names = case.kernel.arg_names
     specialised = {
         (index,): [["tt.divisibility", ALIGNED]]
@@ -159,59 +186,7 @@ def compile_case(case: Case, capability: int) -> Compiled:
     }
     signature = {name: case.types.get(name, "constexpr") for name in names}
     source = ASTSource(case.kernel, signature, dict(case.constants), specialised)
-    target = GPUTarget("cuda", capability, WARP_SIZE)
-    build_options = {
+    options = {
         "num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True,
     }  # fmt: skip
-    built = triton.compile(source, target=target, options=build_options)
-    is_readable = capability not in UNREADABLE
-    options = ("--dump-resource-usage", *(("--dump-sass",) if is_readable else ()))
-    usage = _cuobjdump(options, built.asm["cubin"])
-    code = usage if is_readable else built.asm["ptx"]
-    return Compiled(
-        name=case.name,
-        capability=capability,
-        has_dot=case.has_dot,
-        registers=_figure(usage, "REG"),
-        stack_bytes=_figure(usage, "STACK") + _figure(usage, "LOCAL"),
-        shared_bytes=built.metadata.shared,
-        num_tensor_ops=len(re.findall(TENSOR_OPS, code)),
-        tensor_columns=getattr(built.metadata, "tmem_size", None) or 0,
-        loads=_loads(code) if is_readable else _ptx_loads(code),
-    )
-
-
-def _cuobjdump(options: Sequence[str], cubin: bytes) -> str:
-    """What the tool prints; it comes with Triton."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), *options, file.name]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=60
-        ).stdout
-
-
-def _figure(usage: str, name: str) -> int:
-    found = re.search(rf"\b{name}:(\d+)", usage)
-    if found is None:
-        raise ValueError(f"cuobjdump printed no {name} in {usage!r}")
-    return int(found[1])
-
-
-def _loads(code: str) -> dict[int, int]:
-    """Loads from global memory by width; those through shared memory (LDGSTS) included."""
-    widths: Counter[int] = Counter()
-    for modifiers in re.findall(r"\bLDG(?:STS)?((?:\.[A-Z0-9_]+)+)", code):
-        bits = [int(part) for part in re.findall(r"\.(?:[US])?(8|16|64|128)\b", modifiers)]
-        widths[bits[0] // 8 if bits else 4] += 1
-    return dict(widths)
-
-
-def _ptx_loads(code: str) -> dict[int, int]:
-    """The same of PTX: `ld.global.v4.b32` loads 4 × 4 bytes."""
-    widths: Counter[int] = Counter()
-    for count, bits in re.findall(r"\bld\.global(?:\.[a-z_:]+)*(?:\.v(\d))?\.[a-z](\d+)\b", code):
-        widths[int(count or 1) * int(bits) // 8] += 1
-    return dict(widths)
+    return triton.compile(source, target=GPUTarget("cuda", capability, WARP_SIZE), options=options)

@@ -27,7 +27,7 @@ from tightfit.kernels import (
     w8a16,
     wxa16,
 )
-from tightfit.kernels.compiled import Case, Compiled, compile_case
+from tightfit.kernels.compiled import Compiled, compile_all
 from tightfit.kernels.formats import Format, linear_bytes
 
 MODULES = (
@@ -54,17 +54,31 @@ def report() -> list[Compiled]:
         for index, case in enumerate(MODULES[module].compile_cases())
         for capability in case.capabilities
     ]
+    by_capability = defaultdict(list)
+    for job in jobs:
+        by_capability[job[2]].append(job)
+    parts = [
+        same[start : start + BATCH]
+        for same in by_capability.values()
+        for start in range(0, len(same), BATCH)
+    ]
     with multiprocessing.Pool(len(os.sched_getaffinity(0))) as pool:
-        return pool.map(_compile, jobs, chunksize=4)
+        done = pool.map(_compile, parts, chunksize=1)
+    found = {
+        job: one
+        for part, several in zip(parts, done, strict=True)
+        for job, one in zip(part, several, strict=True)
+    }
+    return [found[job] for job in jobs]
 
 
-def _compile(job: tuple[int, int, int]) -> Compiled:
-    module, index, capability = job
-    return compile_case(_cases(module)[index], capability)
+BATCH = 16
+"""Cases whose code is disassembled at once."""
 
 
-def _cases(module: int) -> Sequence[Case]:
-    return MODULES[module].compile_cases()
+def _compile(jobs: Sequence[tuple[int, int, int]]) -> list[Compiled]:
+    cases = [MODULES[module].compile_cases()[index] for module, index, _ in jobs]
+    return compile_all(cases, jobs[0][2])
 
 
 def document(found: Sequence[Compiled]) -> str:

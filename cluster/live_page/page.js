@@ -321,8 +321,9 @@ async function poll() {
       find("health").className = "pill";
       say(find("health"), "locked");
       warn(token ? "This token is not known here, or was revoked." : "");
+      // Only what was refused: when none was sent, the tab may be about to learn one from before a reload.
+      if (token) sessionStorage.removeItem("tightfit-token");
       token = "";
-      sessionStorage.removeItem("tightfit-token");
       return;
     }
     if (!answer.ok) throw new Error(`it answered ${answer.status}`);

@@ -19,18 +19,19 @@ from tightfit.kernels.compiled import (
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.timeout(900)  # more than a thousand compilations
+pytestmark = pytest.mark.timeout(1200)  # a thousand compilations, some 7 minutes on one core
 
 
 @pytest.fixture(scope="module")
 def found():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "kernel_report.py")],
+        # It takes every core: what is tested beside it comes first.
+        ["nice", "-n", "5", sys.executable, str(ROOT / "tools" / "kernel_report.py")],
         capture_output=True,
         text=True,
         env={**environment, "PYTHONSAFEPATH": "1"},
-        timeout=840,
+        timeout=1140,
     )
     assert done.returncode == 0, done.stderr
     compiled = []

@@ -171,6 +171,14 @@ def ways(request, level, less, more, place, kv):
         for name in formats
     }
     head = head_format_bytes(model, ends)
+    first_held, last_read = embedding_bytes(model, ends), head_bytes(model, ends)
+    last_held = {
+        is_alone: head_bytes(model, ends, shared=is_alone and head_is_shared(model, ends))
+        for is_alone in (False, True)
+    }
+    room_of = {
+        d.device_id: request.inventory.usable(d) - workspace for d in request.inventory.devices
+    }
     norms = [lesser[i] - sum(linears[less][i].values()) for i in range(num_layers)]
     for count in range(1, num_layers + 1):
         tokens = -(-request.sequences // min(count, request.sequences))
@@ -193,13 +201,12 @@ def ways(request, level, less, more, place, kv):
                         read = sum(lesser[first:end]) + high * step
                         held = read
                         if first == 0:
-                            held += embedding_bytes(model, ends)
+                            held += first_held
                         if end == num_layers:
-                            alone = first == 0 and head_is_shared(model, ends)
-                            held += head_bytes(model, ends, shared=alone)
-                            read += head_bytes(model, ends)
+                            held += last_held[first == 0]
+                            read += last_read
                         read += need * block * (end - first)
-                        room = request.inventory.usable(device) - workspace - held
+                        room = room_of[device.device_id] - held
                         blocks.append(room // (block * (end - first)))
                         parts = [
                             linears[more if i < first + high else less][i]
@@ -210,7 +217,7 @@ def ways(request, level, less, more, place, kv):
                         if ns_by_rates := measured_ns(device.type, parts, tokens):
                             rest = need * block * (end - first) + sum(norms[first:end])
                             if end == num_layers:
-                                rest += head_bytes(model, ends) - sum(head.values())
+                                rest += last_read - sum(head.values())
                             ns = ns_by_rates + rest / device.type.gb_per_s
                         slowest.append(ns)
                     if min(blocks) >= need:
