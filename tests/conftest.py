@@ -18,6 +18,13 @@ if not torch.cuda.is_available():
     # Without a GPU Triton's kernels are interpreted; said before anything imports Triton.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+with contextlib.suppress(ImportError):  # bench/gpu_check.py does without
+    from hypothesis import HealthCheck, settings
+
+    # How long an example takes says how busy the cores are.
+    settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("shared")
+
 
 def pytest_configure():
     """Each worker has a network of its own: no port that it finds free or sees listening is

@@ -29,6 +29,7 @@ COMMAND_LIMIT_S = 150
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(600),
     pytest.mark.skipif(machines.missing() is not None, reason=str(machines.missing())),
 ]
 
