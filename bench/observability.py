@@ -4,7 +4,8 @@
 now not, in an order by lot: two services of one model, side by side, differ by more than what is
 sought, and a slow minute of the machine hits all sides alike. The watcher itself (scraper,
 collector of traces, browser's questions) runs on the same cores. What is done whether somebody
-watches or not is timed in a loop: what is counted, and the line that is logged of a request.
+watches or not is timed in a loop: what is counted, and the line that is logged of a request; so is
+what is finer than the loads can tell: a request's trace, and an answer to who asks.
 Prints JSON.
 """
 
@@ -17,6 +18,7 @@ import os
 import random
 import signal
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -35,6 +37,7 @@ from tightfit.cluster.gateway.watch import log_fields
 from tightfit.cluster.metrics import Metrics
 from tightfit.cluster.request import FinishReason, RequestRecord
 from tightfit.cluster.scheduling.config import SchedulerCounts
+from tightfit.cluster.tracing import Tracing, otlp_exporter
 from tightfit.workers.logs import JsonFormatter
 
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
@@ -44,6 +47,7 @@ STREAMS, TOKENS = 16, 64
 SCRAPE_S = 1.0
 STAGES = 2
 LOOPS = 5000
+ASKED, TRACED = 100, 1000
 
 
 @contextmanager
@@ -158,6 +162,9 @@ def watched(rounds: int) -> dict[str, object]:
                     turns[name].append(one_turn(service, sides[name], number))
                 shown = ", ".join(f"{name} {turns[name][-1].tokens_per_s:.1f}" for name in sides)
                 print(f"round {number}, tokens/s: {shown}", file=sys.stderr)
+            asked = {
+                name: asking(service, url) for name, url in (("scrape", scrape), ("draw", draw))
+            }
         time.sleep(6)  # the last batch of spans
     if sum(spans) != 2 * rounds * STREAMS:
         raise SystemExit(f"{sum(spans)} spans came, not {2 * rounds * STREAMS}")
@@ -165,8 +172,25 @@ def watched(rounds: int) -> dict[str, object]:
         "rounds": rounds,
         "busy_before": round(busy, 2),
         "plain_tokens_per_s": round(statistics.median(t.tokens_per_s for t in turns["plain"]), 1),
+        "cpu_ms_each": asked,
         "over_plain": {name: compared(turns, name) for name in sides if name != "plain"},
     }
+
+
+def asking(service: harness.Service, url: str) -> float:
+    """Milliseconds of CPU that the service's processes take to answer once, beyond what they take
+    when nobody asks."""
+    processes = [psutil.Process(service.pid)]
+    processes += processes[0].children(recursive=True)
+    started, before = time.monotonic(), cpu_s(processes)
+    for _ in range(ASKED):
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            answer.read()
+        time.sleep(0.05)
+    wall_s, busy_s = time.monotonic() - started, cpu_s(processes) - before
+    before = cpu_s(processes)
+    time.sleep(wall_s)
+    return round(1000 * (busy_s - (cpu_s(processes) - before)) / ASKED, 2)
 
 
 def compared(turns: dict[str, list[Turn]], name: str) -> dict[str, object]:
@@ -213,17 +237,45 @@ def counting() -> dict[str, float]:
         "step_us": each(step),
         "token_us": each(lambda: metrics.observe_inter_token(0.01)),
         "request_line_us": each(request_line()),
+        "request_trace_us": request_trace(),
     }
+
+
+def request_trace() -> float:
+    """Microseconds of CPU that a request's span takes, sent to a collector in another process."""
+    with collector_process() as endpoint:
+        tracing = Tracing(otlp_exporter(endpoint), model="bench", version="0")
+        record, before = finished(), time.process_time()
+        for _ in range(TRACED):
+            tracing.export(record, ())
+        tracing.close()
+        return round(1e6 * (time.process_time() - before) / TRACED, 1)
+
+
+@contextmanager
+def collector_process() -> Iterator[str]:
+    """`collector` in a process of its own; its address."""
+    code = (
+        "import observability, sys\nwith observability.collector() as (address, _):\n"
+        "    print(address, flush=True)\n    sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        yield process.stdout.readline().strip()
+    finally:
+        process.stdin.close()
+        process.wait(10)
+        process.stdout.close()
 
 
 def request_line() -> Callable[[], None]:
     """Logs a finished request, to nowhere."""
-    record = RequestRecord(
-        request_id="r-1", method="GenerateStream", finish_reason=FinishReason.LENGTH,
-        started_s=1.0, tokenized_s=1.001, admitted_s=1.01, first_token_s=1.1, ended_s=2.0,
-        num_prompt_tokens=20, num_cached_tokens=0, num_generated_tokens=TOKENS, num_sequences=1,
-        recomputed_s=(), client="bench",
-    )  # fmt: skip
+    record = finished()
     log = logging.getLogger("tightfit.bench")
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -231,6 +283,16 @@ def request_line() -> Callable[[], None]:
     handler.setFormatter(JsonFormatter({}))
     log.addHandler(handler)
     return lambda: log.info("finished", extra=log_fields(record))
+
+
+def finished() -> RequestRecord:
+    """A request, as it is told of."""
+    return RequestRecord(
+        request_id="r-1", method="GenerateStream", finish_reason=FinishReason.LENGTH,
+        started_s=1.0, tokenized_s=1.001, admitted_s=1.01, first_token_s=1.1, ended_s=2.0,
+        num_prompt_tokens=20, num_cached_tokens=0, num_generated_tokens=TOKENS, num_sequences=1,
+        recomputed_s=(), client="bench",
+    )  # fmt: skip
 
 
 def _interrupted(*_: object) -> None:
