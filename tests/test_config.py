@@ -254,6 +254,12 @@ def test_there_are_example_files():
     assert EXAMPLES
 
 
+@pytest.mark.parametrize("values", ["", "0", "/nowhere.yaml"])
+def test_values_of_the_chart_that_cannot_be_read_are_named_with_the_setting(values):
+    with pytest.raises(ConfigError, match=r"plan\.values: .*cannot be read"):
+        plan_config({}, {"model": "m", "values": values})
+
+
 @given(section=st.sampled_from(sorted(SECTIONS)), data=st.data())
 def test_no_value_of_any_type_gets_past_the_checks_with_another_error(section, data):
     values = st.one_of(

@@ -124,7 +124,10 @@ def _of_chart(paths: str) -> dict[str, object]:
     Raises:
         ConfigError: see `build`.
     """
-    values = read_values(paths)
+    try:
+        values = read_values(paths)
+    except ConfigError as error:
+        raise ConfigError(f"plan.values: {error}") from error
     check = section(values, "planCheck")
     serve = build(ServeConfig, "serve", {"model": "", **section(values, "serve")})
     model = check.get("model") or serve.model
