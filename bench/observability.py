@@ -116,8 +116,7 @@ class Turn(NamedTuple):
 def one_turn(service: harness.Service, side: Side, seed: int) -> Turn:
     """One load, watched as the side says. A caller's `traceparent` decides whether it is traced."""
     trace = f"00-{seed + 1:032x}-{1:016x}-0{int(side.is_traced)}"
-    processes = [psutil.Process(service.pid)]
-    processes += processes[0].children(recursive=True)
+    processes = family(service)
     before = cpu_s(processes)
     with watching(*side.urls):
         started = time.perf_counter()
@@ -127,6 +126,12 @@ def one_turn(service: harness.Service, side: Side, seed: int) -> Turn:
         )  # fmt: skip
         wall_s = time.perf_counter() - started
     return Turn(STREAMS * TOKENS / wall_s, cpu_s(processes) - before)
+
+
+def family(service: harness.Service) -> list[psutil.Process]:
+    """The service's processes, stages included."""
+    process = psutil.Process(service.pid)
+    return [process, *process.children(recursive=True)]
 
 
 def cpu_s(processes: Iterable[psutil.Process]) -> float:
@@ -180,8 +185,7 @@ def watched(rounds: int) -> dict[str, object]:
 def asking(service: harness.Service, url: str) -> float:
     """Milliseconds of CPU that the service's processes take to answer once, beyond what they take
     when nobody asks."""
-    processes = [psutil.Process(service.pid)]
-    processes += processes[0].children(recursive=True)
+    processes = family(service)
     started, before = time.monotonic(), cpu_s(processes)
     for _ in range(ASKED):
         with urllib.request.urlopen(url, timeout=10) as answer:
@@ -279,7 +283,7 @@ def request_line() -> Callable[[], None]:
     log = logging.getLogger("tightfit.bench")
     log.setLevel(logging.INFO)
     log.propagate = False
-    handler = logging.StreamHandler(open(os.devnull, "w"))  # noqa: SIM115, for as long as we live
+    handler = logging.FileHandler(os.devnull)
     handler.setFormatter(JsonFormatter({}))
     log.addHandler(handler)
     return lambda: log.info("finished", extra=log_fields(record))

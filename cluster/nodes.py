@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray._private.state import available_resources_per_node
@@ -27,6 +27,7 @@ PROBE_TIMEOUT_S = 180.0
 LOOK_TIMEOUT_S = 60.0
 MAX_LINKS = 8
 """That are measured: each takes about a second."""
+T = TypeVar("T")
 KINDS = {"cpu": "cpu", "cuda": "gpu"}
 """Of devices, by what a user calls them."""
 
@@ -146,13 +147,9 @@ def probe_nodes(nodes: Sequence[Node], device: str) -> list[NodeProbe]:
 
 
 def without_held(probe: NodeProbe, node: Node) -> NodeProbe:
-    """A node's devices, those GPUs counting as full that Ray has given to others: the ones with the
-    least memory free, as Ray does not say which they are."""
-    gpus = sorted(
-        (device for device in probe.devices if device.kind == "gpu"),
-        key=lambda device: -device.memory.free_bytes,
-    )
-    held = {device.device for device in gpus[node.free_gpus :]}
+    """A node's devices, those GPUs counting as full that Ray has given to others."""
+    gpus = {d.device: d.memory.free_bytes for d in probe.devices if d.kind == "gpu"}
+    held = gpus.keys() - free_gpus(gpus, node)
     return replace(
         probe,
         devices=tuple(
@@ -162,6 +159,13 @@ def without_held(probe: NodeProbe, node: Node) -> NodeProbe:
             for device in probe.devices
         ),
     )
+
+
+def free_gpus(free_bytes: Mapping[T, int], node: Node) -> set[T]:
+    """Of a node's GPUs, by their free bytes, those that nobody has: the ones with the most, as Ray
+    counts the GPUs that it gives out and does not say which they are."""
+    by_room = sorted(free_bytes, key=lambda gpu: free_bytes[gpu], reverse=True)
+    return set(by_room[: node.free_gpus])
 
 
 def look_at_nodes(

@@ -13,6 +13,7 @@ from tightfit.cluster.nodes import (
     KINDS,
     Node,
     alive_nodes,
+    free_gpus,
     look_at_nodes,
     probe_nodes,
     without_held,
@@ -151,9 +152,8 @@ class Surroundings:
         seen = look_at_nodes(held, frozenset({"gpu"}), self._held_gpus)
         free: dict[str | None, int] = {}
         for node in held:
-            # Ray does not say which GPUs it gave to others: the ones with the least memory free.
-            found = sorted(seen[node.name], key=lambda d: -d.free_bytes)[: node.free_gpus]
-            free |= {device.uuid: device.free_bytes for device in found}
+            found = {device.uuid: device.free_bytes for device in seen[node.name]}
+            free |= {uuid: found[uuid] for uuid in free_gpus(found, node)}
         return [
             device if device.device_id in self._used
             else replace(device, free_bytes=free.get(device.uuid, 0))
