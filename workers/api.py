@@ -302,10 +302,9 @@ class StageMemory:
 
 ALLOWED_DIFFERENCE = 0.02
 """Between predicted and measured bytes, as a share."""
-RUNTIME_BYTES = 96 * 2**20
+RUNTIME_BYTES = 64 * 2**20
 """What a process takes for threads, compiled kernels and the allocator, whatever the model: beside
-a small one it is more than that share (measured for SmolLM2-135M in every format: 8 to 52 MB; 77 in
-the first runs of fresh installations)."""
+a small one it is more than that share (measured for SmolLM2-135M in every format: 8 to 52 MB)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,8 +18,7 @@ from fake_engine import (
 from tightfit.cluster.request import FinishReason
 from tightfit.v1 import inference_pb2, inference_pb2_grpc
 
-SOON_S = 2.0
-"""A request that runs to its end takes 3."""
+SOON_S = 0.5
 
 
 def ask(request_id="r", max_tokens=300, **sampling):

@@ -32,7 +32,7 @@ def wide(request, tmp_path_factory):
 
 
 STAGES = {
-    "bloom-176b": [(2, Format.INT4, {"kv_format": "int8"})],
+    "bloom-176b": [(0, Format.INT8, {"kv_format": "int8"}), (2, Format.INT4, {})],
     "opt-175b": [(0, Format.LLM_INT8, {"embedding_place": "host"})],
 }
 """(stage, format, other settings). Each takes half a minute; `make full-width` has whole models."""
