@@ -8,6 +8,7 @@ from tightfit.cluster.engine import Engine, RequestStream
 from tightfit.cluster.errors import TightfitError
 from tightfit.cluster.gateway import convert
 from tightfit.cluster.gateway.generation import Chunk, Generation, joined, raise_failure
+from tightfit.cluster.gateway.leaving import Leaving
 from tightfit.cluster.gateway.prompts import Prompts
 from tightfit.cluster.gateway.status import Context, stream, unary
 from tightfit.cluster.gateway.watch import RequestWatch, Tracer
@@ -70,10 +71,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Log-probabilities of a given text."""
 
         async def work() -> inference_pb2.ScoreResponse:
+            leaving = Leaving(context)
             watch = self._watch("Score", context)
             whole = await self._checked(watch, self._prompts.score_request(request, context))
             events = self._submit(watch, whole)
-            context.add_done_callback(_canceller(events))  # type: ignore[arg-type]
+            context.add_done_callback(_canceller(events, leaving))  # type: ignore[arg-type]
             reason: FinishReason | None = None
             try:
                 event = await anext(events)
@@ -86,7 +88,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     logprobs=event.scores,
                 )
             finally:
-                watch.ended(reason or _left_because(context), events.steps)
+                watch.ended(reason or leaving.reason, events.steps)
 
         return await unary(context, work)
 
@@ -128,6 +130,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, method: str, wire: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncGenerator[Chunk, None]:
         """Chunks of one call; the end of the call ends the request."""
+        leaving = Leaving(context)
         watch = self._watch(method, context)
         request = await self._checked(watch, self._prompts.generate_request(wire, context))
         generation = Generation(request, await self._prompts.texts(request), watch)
@@ -137,13 +140,13 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             return
         events = self._submit(watch, request)
         # Not when this generator is closed: it may wait long behind a client that stopped reading.
-        context.add_done_callback(_canceller(events))  # type: ignore[arg-type]
+        context.add_done_callback(_canceller(events, leaving))  # type: ignore[arg-type]
         try:
             async for chunk in generation.chunks(events):
                 charge(len(chunk.token_ids))
                 yield chunk
         finally:
-            watch.ended(generation.reason or _left_because(context), events.steps)
+            watch.ended(generation.reason or leaving.reason, events.steps)
 
     def _watch(self, method: str, context: Context) -> RequestWatch:
         metadata = context.invocation_metadata() or ()
@@ -167,17 +170,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         return stream
 
 
-def _canceller(events: RequestStream) -> Callable[[Context], None]:
+def _canceller(events: RequestStream, leaving: Leaving) -> Callable[[Context], None]:
     """Ends a request when its call is over, if it has not ended by itself."""
 
-    def cancel(ctx: Context) -> None:
-        events.cancel(_left_because(ctx))
+    def cancel(_: Context) -> None:
+        events.cancel(leaving.reason)
 
     return cancel
-
-
-def _left_because(context: Context) -> FinishReason:
-    """Why a call ended before its request."""
-    left_s = context.time_remaining()
-    is_late = left_s is not None and left_s <= 0
-    return FinishReason.DEADLINE if is_late else FinishReason.CANCELLED

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import grpc
 import pytest
@@ -78,14 +79,28 @@ async def test_a_client_whose_connection_breaks_is_noticed():
         assert await until(lambda: "r" in gateway.engine.cancelled)
 
 
+@pytest.mark.parametrize(
+    ("deadline_s", "held_s"),
+    [
+        pytest.param(0.3, 0.0, id="as it is"),
+        pytest.param(1.001, 0.0, id="which gRPC writes as 1.01 s"),
+        pytest.param(0.3, 0.05, id="of a request that was long on its way"),
+    ],
+)
 @in_loop
-async def test_a_deadline_ends_the_call_and_the_request():
-    async with serving(slow_engine()) as gateway, connected(gateway) as channel:
+async def test_a_deadline_ends_the_call_and_the_request(deadline_s, held_s):
+    async with AsyncExitStack() as stack:
+        gateway = await stack.enter_async_context(serving(slow_engine()))
+        way = SlowWay(gateway.target)
+        target = await stack.enter_async_context(way.open())
+        channel = await stack.enter_async_context(grpc.aio.insecure_channel(target))
+        await channel.channel_ready()
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         for request_id, make in [
-            ("unary", lambda: stub.Generate(ask("unary"), timeout=0.1)),
-            ("stream", lambda: drain(stub.GenerateStream(ask("stream"), timeout=0.1))),
+            ("unary", lambda: stub.Generate(ask("unary"), timeout=deadline_s)),
+            ("stream", lambda: drain(stub.GenerateStream(ask("stream"), timeout=deadline_s))),
         ]:
+            way.close_for(held_s)
             started_s = time.monotonic()
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await make()
@@ -93,12 +108,51 @@ async def test_a_deadline_ends_the_call_and_the_request():
             assert await until(lambda request_id=request_id: request_id in gateway.engine.cancelled)
             reason, when_s = gateway.engine.cancelled[request_id]
             assert reason is FinishReason.DEADLINE
-            assert 0.05 < when_s - started_s < 0.1 + SOON_S
+            assert deadline_s / 2 < when_s - started_s < deadline_s + SOON_S
         assert await until(
             lambda: gateway.counted("requests_total", finished_reason="deadline") == 2
         )
         for request in gateway.engine.requests:
             assert request.deadline_s is not None
+
+
+@in_loop
+async def test_who_leaves_with_half_of_the_time_left_was_not_late():
+    async with serving(slow_engine()) as gateway, connected(gateway) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        for request_id, deadline_s in [("short", 2.0), ("long", 3600.0)]:
+            stream = stub.GenerateStream(ask(request_id), timeout=deadline_s)
+            await anext(aiter(stream))
+            stream.cancel()
+            assert await until(lambda request_id=request_id: request_id in gateway.engine.cancelled)
+            assert gateway.engine.cancelled[request_id][0] is FinishReason.CANCELLED
+
+
+class SlowWay:
+    """A way to a server that can be closed for a while."""
+
+    def __init__(self, server):
+        self.server = server
+        self.opens_s = 0.0
+
+    def close_for(self, seconds):
+        self.opens_s = time.monotonic() + seconds
+
+    async def connection(self, reader, writer):
+        there, back = await asyncio.open_connection(*self.server.split(":"))
+        await asyncio.gather(self.forward(reader, back), self.forward(there, writer))
+
+    async def forward(self, reader, writer):
+        while data := await reader.read(65536):
+            await asyncio.sleep(self.opens_s - time.monotonic())
+            writer.write(data)
+        writer.close()
+
+    @asynccontextmanager
+    async def open(self):
+        listening = await asyncio.start_server(self.connection, "127.0.0.1", 0)
+        async with listening:
+            yield "{}:{}".format(*listening.sockets[0].getsockname())
 
 
 async def drain(stream):
