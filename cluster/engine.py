@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from tightfit.cluster.errors import InvalidRequestError, UnavailableError
 from tightfit.cluster.metrics import Metrics
 from tightfit.cluster.pipeline import Completed, Pipeline
-from tightfit.cluster.request import FinishReason, Request, StepTiming, TokenEvent
+from tightfit.cluster.request import FinishReason, Recovery, Request, StepTiming, TokenEvent
 from tightfit.cluster.scheduling.batching import Scheduler, SchedulerCounts
 from tightfit.workers.api import StageStatus
 
@@ -49,15 +49,17 @@ class DeploymentStatus:
 
     model: ModelInfo
     health: str
-    """"ok", "idle", "stalled", "failed" or "draining"."""
+    """"ok", "idle", "stalled", "recovering", "failed" or "draining"."""
     reason: str
-    """Why it is failed; empty otherwise."""
+    """Why it recovers or is failed; empty otherwise."""
     epoch: int
     num_in_flight: int
     counts: SchedulerCounts
     stages: tuple[StageStatus, ...]
     better_plan: str = ""
     """What a restart would make better; empty: nothing that is known."""
+    num_recoveries: int = 0
+    """Since the service started."""
 
 
 class RequestStream:
@@ -71,6 +73,8 @@ class RequestStream:
         self._num_open = request.sampling.n
         self.steps: list[StepTiming] = []
         """Its first steps through the stages, if the engine was told to note any."""
+        self.recoveries: list[Recovery] = []
+        """Of the pipeline, while the request was under way."""
 
     @property
     def request_id(self) -> str:

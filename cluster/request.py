@@ -108,6 +108,22 @@ class StepTiming:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Recovery:
+    """The pipeline was lost, and came back."""
+
+    epoch: int
+    """That began then."""
+    reason: str
+    """Why it was lost."""
+    lost_s: float
+    """time.monotonic when that was noticed."""
+    resumed_s: float
+    """time.monotonic when micro-batches could be sent again."""
+    num_replayed_tokens: int
+    """Whose KV had been computed, and has to be once more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRecord:
     """A request that has ended: what its metrics, its log line and its trace are made of. No text
     and no token ids."""
