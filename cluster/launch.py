@@ -79,7 +79,7 @@ class StageGroup:
         places: the device of each; none: Ray chooses, by its strategy.
         on_lost: called once in an epoch, from a thread, with the reason and the epoch, when a
             stage ends unasked.
-        relocate: where the stage with this index goes whose node is gone; None: it waits for it.
+        relocate: where the stage with this index is to start anew; None: where it was.
     """
 
     def __init__(
@@ -319,7 +319,7 @@ class StageGroup:
         lost = self._fence()
         for index in lost:
             ray.kill(self._actors[index])
-            self._move_if_its_node_is_gone(index)
+            self._move_if_its_device_is_gone(index)
             log.info("stage %d starts anew", index)
             self._actors[index] = self._start_actor(index)
         self._wait_for_room(lost)
@@ -343,14 +343,13 @@ class StageGroup:
                 lost.add(index)
         return sorted(lost)
 
-    def _move_if_its_node_is_gone(self, index: int) -> None:
-        """Ray itself finds another node for a stage that it has placed."""
+    def _move_if_its_device_is_gone(self, index: int) -> None:
+        """Of a stage with a place. For others Ray itself finds another node."""
         if not self.places or self._relocate is None:
             return
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        if self.places[index].ray_node_id in alive:
-            return
         spec, place = self._relocate(index)
+        if place == self.places[index]:
+            return
         self._bundles[index] = (self._reserve([spec], [place]), 0)
         self.specs[index], self.places[index], self.has_moved = spec, place, True
         log.warning("stage %d moves to %s", index, spec.planned_device)

@@ -1,10 +1,10 @@
-"""Where a stage goes whose node is gone: to its own device if that is back, else to another of the
-same kind that has the room. The other stages stay where they are."""
+"""Where a stage goes whose device is gone: to the one of its name if that is back, else to another
+of the same kind that has the room. The other stages stay where they are."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from tightfit.cluster.errors import PlacementError
 from tightfit.cluster.nodes import Node, free_gpus, look_at_nodes
@@ -33,25 +33,43 @@ class Candidate:
         return f"{self.node.name}:{self.number}"
 
 
+Look = Callable[
+    [Sequence[Node], frozenset[str], frozenset[str]], Mapping[str, Sequence[PresentDevice]]
+]
+
+
 def relocate(
-    plan: Plan, spec: StageSpec, places: Sequence[Place], nodes: Sequence[Node]
+    plan: Plan,
+    spec: StageSpec,
+    places: Sequence[Place],
+    nodes: Sequence[Node],
+    look: Look = look_at_nodes,
 ) -> tuple[StageSpec, Place]:
-    """The stage on a device that is there now.
+    """The stage where it was, if its device is still there, else on another.
 
     Args:
         plan: that is served.
         spec: of the stage, as it was.
-        places: of all its stages, lost ones too.
+        places: of all its stages.
         nodes: of the cluster, alive.
+        look: at the devices of nodes; see `look_at_nodes`.
 
     Raises:
         PlacementError: none has the room; each is named with what it has.
     """
+    own = places[spec.stage_index]
     kind = plan.stages[spec.stage_index].kind
-    roomy = [node for node in nodes if node.has_room(kind)]
     others = (place for index, place in enumerate(places) if index != spec.stage_index)
     held = frozenset(place.gpu_uuid for place in others if place.gpu_uuid is not None)
-    return choose(plan, spec, roomy, look_at_nodes(roomy, frozenset({kind}), held))
+    here = [node for node in nodes if node.ray_id == own.ray_node_id]
+    if here and own.gpu_uuid is None:
+        return spec, own
+    if here:
+        (present,) = look(here, frozenset({kind}), held).values()
+        if any(device.uuid == own.gpu_uuid for device in present):
+            return spec, own
+    roomy = [node for node in nodes if node.has_room(kind)]
+    return choose(plan, spec, roomy, look(roomy, frozenset({kind}), held))
 
 
 def choose(
@@ -60,7 +78,7 @@ def choose(
     nodes: Sequence[Node],
     devices: Mapping[str, Sequence[PresentDevice]],
 ) -> tuple[StageSpec, Place]:
-    """The stage on its own device, else on the one that has the most room.
+    """The stage on the device of its name, else on the one that has the most room.
 
     Args:
         plan: that is served.
