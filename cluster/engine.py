@@ -349,10 +349,18 @@ class Engine:
             epoch=self._pipeline.epoch,
             num_in_flight=self._pipeline.num_in_flight,
             counts=counts,
-            stages=() if failure or loss else tuple(self._stage_statuses()),
+            stages=() if failure or loss else self._stages_now(),
             better_plan=self.better_plan,
             num_recoveries=self._num_recoveries,
         )
+
+    def _stages_now(self) -> tuple[StageStatus, ...]:
+        """Empty when they cannot be asked: one may be lost, and nobody has noticed yet."""
+        try:
+            return tuple(self._stage_statuses())
+        except UnavailableError as error:
+            log.warning("the stages did not say how they are: %s", str(error).partition("\n")[0])
+            return ()
 
     def stop(self) -> None:
         """End the loop and every request; returns when the thread has ended."""

@@ -30,6 +30,7 @@ NODE_ID_LABEL = "ray.io/node-id"
 """That Ray gives each node."""
 CONTROL_TIMEOUT_S = 30.0
 PROGRESS_POLL_S = 0.25
+RESTART_PAUSE_S = 1.0
 FENCE_TIMEOUT_S = 15.0
 """For the step that a stage is in: one that takes longer is ended. A full link takes 10."""
 SPIN_COUNT = 30_000
@@ -247,6 +248,8 @@ class StageGroup:
             raise UnavailableError(
                 f"stage {index} did not answer within {CONTROL_TIMEOUT_S:g} s"
             ) from error
+        except ray.exceptions.ActorUnavailableError as error:
+            raise UnavailableError(f"stage {index} cannot be reached: {error}") from error
         except ray.exceptions.RayActorError as error:
             raise UnavailableError(f"stage {index}'s process ended: {error}") from error
 
@@ -290,7 +293,7 @@ class StageGroup:
             self._result(run, index)
             reason = f"stage {index} ended"
         except (WorkerError, UnavailableError) as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0].rstrip(".")
         if self._on_lost is not None:
             self._on_lost(reason, epoch)
 
@@ -317,12 +320,7 @@ class StageGroup:
         """
         assert self._links is not None, "not connected yet"
         lost = self._fence()
-        for index in lost:
-            ray.kill(self._actors[index])
-            self._move_if_its_device_is_gone(index)
-            log.info("stage %d starts anew", index)
-            self._actors[index] = self._start_actor(index)
-        self._wait_for_room(lost)
+        self._start_anew(lost)
         self._load(lost, timeout_s, progress)
         self._wire(self._links, epoch)
         return self.statuses()
@@ -354,16 +352,37 @@ class StageGroup:
         self.specs[index], self.places[index], self.has_moved = spec, place, True
         log.warning("stage %d moves to %s", index, spec.planned_device)
 
-    def _wait_for_room(self, indices: Sequence[int]) -> None:
-        """Until these stages' processes are there.
+    def _start_anew(self, lost: Sequence[int]) -> None:
+        """New processes for these stages. One that ends at once is started again, as a node may be
+        dead before Ray knows it, which then places the stage there once more.
 
         Raises:
-            PlacementError: not within the time limit.
+            PlacementError, UnavailableError: one is not there within the time limit for placement.
         """
         deadline = time.monotonic() + self._session.options.placement_timeout_s
-        signs = [self._actors[index].progress.remote() for index in indices]
-        if not all(_has_ended(sign, deadline) for sign in signs):
-            raise PlacementError(self._why_no_room([self.specs[index] for index in indices]))
+        while lost:
+            for index in lost:
+                ray.kill(self._actors[index])
+                self._move_if_its_device_is_gone(index)
+                log.info("stage %d starts anew", index)
+                self._actors[index] = self._start_actor(index)
+            signs = {index: self._actors[index].progress.remote() for index in lost}
+            if not all(_has_ended(sign, deadline) for sign in signs.values()):
+                raise PlacementError(self._why_no_room([self.specs[index] for index in lost]))
+            lost = [
+                index for index, sign in signs.items() if not self._is_up(index, sign, deadline)
+            ]
+
+    def _is_up(self, index: int, sign: Any, deadline: float) -> bool:
+        """A stage's process answers; False: it has ended, and may be started again."""
+        try:
+            self._result(sign, index)
+        except UnavailableError:
+            if time.monotonic() + RESTART_PAUSE_S > deadline:
+                raise
+            time.sleep(RESTART_PAUSE_S)
+            return False
+        return True
 
     def statuses(self) -> list[StageStatus]:
         """What every stage reports of itself now."""

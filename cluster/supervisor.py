@@ -120,7 +120,7 @@ class Supervisor:
                     "the pipeline is not back yet, next try in %g s: %s", pause_s, error,
                     exc_info=not is_foreseen,
                 )  # fmt: skip
-                first_line = (str(error) or repr(error)).partition("\n")[0]
+                first_line = (str(error) or repr(error)).partition("\n")[0].rstrip(".")
                 engine.fail(f"{reason}. It is not back yet: {first_line}")
             with self._changed:
                 self._changed.wait_for(lambda: self._closing, pause_s)
