@@ -142,6 +142,8 @@ class RequestRecord:
     first_token_s: float | None
     recomputed_s: tuple[float, ...] = ()
     """When one of its sequences went on after it had been computed anew."""
+    recoveries: tuple[Recovery, ...] = ()
+    """Of the pipeline, while it was under way."""
     num_prompt_tokens: int
     num_cached_tokens: int
     """Prompt tokens whose KV came from the prefix cache."""

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import grpc
 import pytest
-from fake_engine import in_loop, until
+from fake_engine import FakeEngine, connected, in_loop, serving, until
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 from otlp_receiver import Receiver
@@ -19,7 +19,7 @@ from tightfit.client import AsyncClient, Client
 from tightfit.cluster.config import serve_config
 from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.tracing import Tracing, otlp_exporter
-from tightfit.v1 import inference_pb2
+from tightfit.v1 import inference_pb2, inference_pb2_grpc
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
@@ -135,6 +135,43 @@ async def test_a_request_that_lost_its_blocks_says_when_it_went_on():
     recomputed = [name for span in traced.spans() for name in names(span) if name == "recomputed"]
     assert preempted >= 1
     assert 1 <= len(recomputed) <= preempted
+
+
+@pytest.mark.parametrize("end", ["length", "cancelled"])
+@in_loop
+async def test_a_request_that_lived_through_recoveries_has_each_loss_and_return_in_its_span(end):
+    traced, engine = Traced(), FakeEngine()
+    engine.delay_s = 0.005
+    async with serving(engine, tracer=traced.tracing) as gateway, connected(gateway) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        call = stub.GenerateStream(wanted(300))
+        chunks = aiter(call)
+        await anext(chunks)
+        for reason, num_tokens in (("stage 1's process ended", 12), ("stage 0 is gone", 34)):
+            engine.lose(reason)
+            await asyncio.sleep(0.05)
+            engine.recover(num_replayed_tokens=num_tokens)
+            await asyncio.sleep(0.01)
+        engine.delay_s = 0.0 if end == "length" else 1.0
+        if end == "cancelled":
+            call.cancel()
+            assert await until(lambda: engine.num_unfinished == 0)
+        else:
+            async for _ in chunks:
+                pass
+    (span,) = traced.spans()
+    assert span.attributes["gen_ai.response.finish_reasons"] == (end,)
+    assert names(span)[-4:] == ["lost", "recovered", "lost", "recovered"]
+    lost, recovered, lost_again, recovered_again = span.events[-4:]
+    assert dict(lost.attributes) == {
+        "tightfit.reason": "stage 1's process ended", "tightfit.next_epoch": 2,
+    }  # fmt: skip
+    assert dict(recovered.attributes) == {"tightfit.epoch": 2, "tightfit.replayed_tokens": 12}
+    assert lost_again.attributes["tightfit.reason"] == "stage 0 is gone"
+    assert recovered_again.attributes["tightfit.replayed_tokens"] == 34
+    assert recovered.timestamp - lost.timestamp >= 50_000_000
+    assert span.start_time < lost.timestamp
+    assert recovered_again.timestamp < span.end_time
 
 
 @in_loop

@@ -41,6 +41,7 @@ HEALTH = {
     "stalled": cluster_pb2.HEALTH_STALLED,
     "failed": cluster_pb2.HEALTH_FAILED,
     "draining": cluster_pb2.HEALTH_DRAINING,
+    "recovering": cluster_pb2.HEALTH_RECOVERING,
 }
 
 
@@ -294,6 +295,7 @@ def status_response(status: DeploymentStatus) -> cluster_pb2.GetStatusResponse:
             micro_batches_in_flight=status.num_in_flight,
         ),
         better_plan=status.better_plan,
+        num_recoveries=status.num_recoveries,
     )
 
 

@@ -88,7 +88,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     logprobs=event.scores,
                 )
             finally:
-                watch.ended(reason or leaving.reason, events.steps)
+                watch.ended(reason or leaving.reason, events.steps, events.recoveries)
 
         return await unary(context, work)
 
@@ -146,7 +146,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 charge(len(chunk.token_ids))
                 yield chunk
         finally:
-            watch.ended(generation.reason or leaving.reason, events.steps)
+            watch.ended(generation.reason or leaving.reason, events.steps, events.recoveries)
 
     def _watch(self, method: str, context: Context) -> RequestWatch:
         metadata = context.invocation_metadata() or ()
