@@ -87,9 +87,11 @@ def start_replica(
     specs = arrangement.specs
     plan = arrangement.placement.plan
 
-    def moved(index: int) -> tuple[StageSpec, Place]:
+    def moved(
+        index: int, specs: Sequence[StageSpec], places: Sequence[Place]
+    ) -> tuple[StageSpec, Place]:
         assert plan is not None, "only stages with places are moved"
-        return relocate(plan, group.specs[index], group.places, alive_nodes())
+        return relocate(plan, specs[index], places, alive_nodes())
 
     group = StageGroup(session, specs, places=arrangement.places, on_lost=on_lost, relocate=moved)
     cleanup.callback(group.close)
@@ -229,9 +231,7 @@ def supervise(
 
     def bring_back(epoch: int) -> int:
         statuses = replica.group.recover(
-            epoch=epoch,
-            timeout_s=config.load_timeout_s,
-            progress=lambda index, progress: supervisor.check(),
+            epoch=epoch, timeout_s=config.load_timeout_s, check=supervisor.check
         )
         return common_blocks(statuses)
 

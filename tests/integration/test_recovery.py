@@ -108,6 +108,28 @@ def test_every_stream_outlives_the_loss_of_each_stage_with_the_tokens_of_transfo
         assert served.left_behind() == []
 
 
+@pytest.mark.parametrize(
+    ("number", "streams_end"),
+    [
+        pytest.param(signal.SIGTERM, True, id="SIGTERM lets streams finish first"),
+        pytest.param(signal.SIGINT, False, id="SIGINT does not wait"),
+    ],
+)
+def test_a_service_that_is_told_to_end_while_a_stage_comes_back_leaves_nothing_behind(
+    model, number, streams_end
+):
+    with Served(model.path, *FLAGS) as served, Client(served.target, timeout_s=60) as client:
+        reader = Reader(served.target, [5, 6, 7], 400)
+        assert wait_for(lambda: len(reader.tokens) > 5)
+        os.kill(served.stage_pids()[1], signal.SIGKILL)
+        assert wait_for(lambda: health_of(client) == "recovering")
+        assert served.stop(number, BACK_LIMIT_S if streams_end else 20) == 0
+        tokens = reader.join()
+        assert tokens == model.greedy([5, 6, 7], 400)[: len(tokens)]
+        assert (len(tokens) == 400, reader.error is None) == (streams_end, streams_end)
+        assert served.left_behind() == []
+
+
 def test_two_stages_lost_at_once_and_one_more_while_they_come_back(model):
     with Served(model.path, *FLAGS) as served, Client(served.target, timeout_s=60) as client:
         pids = served.stage_pids()
