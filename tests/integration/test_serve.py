@@ -138,22 +138,6 @@ def test_sigterm_lets_running_streams_finish(model):
         assert served.process.wait(timeout=30) == 0
 
 
-def test_a_killed_stage_ends_streams_with_the_reason(model):
-    with Served(model.path, "--format", "fp32", "--stages", "2") as served:
-        victim = served.stage_pids()[1]
-        with Client(served.target, timeout_s=60) as client:
-            stream = client.stream(prompt(10), max_tokens=480, ignore_eos=True)
-            next(stream)
-            os.kill(victim, signal.SIGKILL)
-            with pytest.raises(TightfitRpcError, match="stage 1") as caught:
-                list(stream)
-            assert caught.value.code is grpc.StatusCode.UNAVAILABLE
-            with pytest.raises(TightfitRpcError, match="stage 1"):
-                client.generate("a", max_tokens=1)
-            not_serving = health_pb2.HealthCheckResponse.NOT_SERVING
-            assert wait_for(lambda: health_of(served.target) == not_serving)
-
-
 def run_serve(*flags):
     command = [sys.executable, "-m", "tightfit.cluster.cli", "serve", *flags]
     return subprocess.run(
