@@ -10,7 +10,6 @@ import grpc
 import psutil
 import pytest
 import tiny_models
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from served import Served, save_model, wait_for
 
 from tightfit.client import Client, TightfitRpcError
@@ -38,12 +37,6 @@ def client(served):
 def prompt(length, seed=0):
     generator = random.Random(seed)
     return [generator.randrange(tiny_models.VOCAB) for _ in range(length)]
-
-
-def health_of(target):
-    with grpc.insecure_channel(target) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        return stub.Check(health_pb2.HealthCheckRequest(), timeout=10).status
 
 
 @pytest.mark.parametrize("length", [1, 40, 300])
