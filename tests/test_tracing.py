@@ -12,7 +12,7 @@ from fake_engine import FakeEngine, connected, in_loop, serving, until
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 from otlp_receiver import Receiver
-from real_gateway import real_gateway
+from real_gateway import SampledStages, real_gateway
 from served import wait_for
 
 from tightfit.client import AsyncClient, Client
@@ -172,6 +172,29 @@ async def test_a_request_that_lived_through_recoveries_has_each_loss_and_return_
     assert recovered.timestamp - lost.timestamp >= 50_000_000
     assert span.start_time < lost.timestamp
     assert recovered_again.timestamp < span.end_time
+
+
+@in_loop
+async def test_the_trace_of_a_recovery_says_the_same_as_its_metrics():
+    traced = Traced()
+    async with real_gateway(tracer=traced.tracing, delay_s=0.005) as (gateway, stubs):
+        chunks = aiter(stubs.inference.GenerateStream(wanted(40)))
+        await anext(chunks)
+        gateway.chain.replace(None)
+        gateway.engine.suspend("stage 1 is gone")
+        assert await asyncio.to_thread(gateway.engine.wait_parked, 20)
+        gateway.chain.replace(SampledStages())
+        gateway.engine.resume(gateway.epoch + 1)
+        async for _ in chunks:
+            pass
+        num_replayed = gateway.counted("replayed_tokens_total")
+        took_s = gateway.counted("recovery_seconds_sum")
+    (span,) = traced.spans()
+    assert names(span) == ["queue", "prefill", "decode", "lost", "recovered", "recomputed"]
+    _, _, _, lost, recovered, _ = span.events
+    assert lost.attributes["tightfit.reason"] == "stage 1 is gone"
+    assert recovered.attributes["tightfit.replayed_tokens"] == num_replayed > 0
+    assert (recovered.timestamp - lost.timestamp) / 1e9 == pytest.approx(took_s, abs=1e-6)
 
 
 @in_loop

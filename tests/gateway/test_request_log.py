@@ -189,5 +189,5 @@ async def test_no_request_whatever_it_is_adds_a_series_to_the_metrics():
                 codes.add(grpc.StatusCode.OK)
             except grpc.aio.AioRpcError as error:
                 codes.add(error.code())
-        assert len(codes) >= 5
+        assert len(codes) >= 4  # and DEADLINE_EXCEEDED, if one so short passes in time
         assert num_series() == before
