@@ -19,7 +19,8 @@ from prometheus_client import CollectorRegistry
 
 from tightfit.cluster.arrangement import Arrangement, arrange, arrange_early, compare
 from tightfit.cluster.config import PlanConfig, ServeConfig, split_address
-from tightfit.cluster.engine import Engine, ModelInfo
+from tightfit.cluster.deployment_status import ModelInfo
+from tightfit.cluster.engine import Engine
 from tightfit.cluster.gateway.auth import GatewaySecurity
 from tightfit.cluster.gateway.protection import gateway_security
 from tightfit.cluster.gateway.server import GatewayServer

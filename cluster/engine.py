@@ -10,14 +10,15 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
+from tightfit.cluster.deployment_status import DeploymentStatus, ModelInfo
 from tightfit.cluster.errors import InvalidRequestError, UnavailableError
 from tightfit.cluster.metrics import Metrics
 from tightfit.cluster.pipeline import Completed, Pipeline
 from tightfit.cluster.request import FinishReason, Recovery, Request, StepTiming, TokenEvent
-from tightfit.cluster.scheduling.batching import Scheduler, SchedulerCounts
+from tightfit.cluster.request_stream import RequestStream
+from tightfit.cluster.scheduling.batching import Scheduler
 from tightfit.workers.api import StageStatus
 
 log = logging.getLogger(__name__)
@@ -25,99 +26,9 @@ log = logging.getLogger(__name__)
 DEADLINE_POLL_S = 0.05
 IDLE_POLL_S = 1.0
 STALL_S = 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelInfo:
-    """What is served."""
-
-    name: str
-    """Name that requests may carry."""
-    family: str
-    num_layers: int
-    vocab_size: int
-    max_context_tokens: int
-    """Prompt and output together, at most."""
-    weight_format: str
-    eos_token_ids: frozenset[int]
-    num_stages: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeploymentStatus:
-    """A snapshot of the whole deployment."""
-
-    model: ModelInfo
-    health: str
-    """"ok", "idle", "stalled", "recovering", "failed" or "draining"."""
-    reason: str
-    """Why it recovers or is failed; empty otherwise."""
-    epoch: int
-    num_in_flight: int
-    counts: SchedulerCounts
-    stages: tuple[StageStatus, ...]
-    better_plan: str = ""
-    """What a restart would make better; empty: nothing that is known."""
-    num_recoveries: int = 0
-    """Since the service started."""
-
-
-class RequestStream:
-    """The events of one request, in order; made by `Engine.submit`, read in the event loop."""
-
-    def __init__(self, engine: Engine, request: Request) -> None:
-        self._engine = engine
-        self._request = request
-        self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
-        self._unfinished = request.sampling.n
-        self._num_open = request.sampling.n
-        self.steps: list[StepTiming] = []
-        """Its first steps through the stages, if the engine was told to note any."""
-        self.recoveries: list[Recovery] = []
-        """Of the pipeline, while the request was under way."""
-
-    @property
-    def request_id(self) -> str:
-        """Identity of the request."""
-        return self._request.request_id
-
-    def push(self, event: TokenEvent) -> None:
-        """Add an event; in the event loop only."""
-        self._events.put_nowait(event)
-        if event.finish_reason is not None:
-            self._num_open -= 1
-
-    @property
-    def has_every_end(self) -> bool:
-        """The last event of each sequence was pushed, though maybe not read."""
-        return self._num_open == 0
-
-    @property
-    def has_waiting(self) -> bool:
-        """An event can be taken at once."""
-        return not self._events.empty()
-
-    def __aiter__(self) -> AsyncIterator[TokenEvent]:
-        return self
-
-    async def __anext__(self) -> TokenEvent:
-        if self._unfinished == 0:
-            raise StopAsyncIteration
-        event = await self._events.get()
-        if event.finish_reason is not None:
-            self._unfinished -= 1
-        return event
-
-    def cancel(self, reason: FinishReason = FinishReason.CANCELLED) -> None:
-        """End every sequence of the request; its KV blocks are free when this returns.
-
-        Does nothing when the request has ended, even if its id is another's by now.
-        """
-        self._engine.cancel(self, reason)
-
-    def finish(self, index: int, reason: FinishReason) -> None:
-        """End one of the request's sequences, as when a stop string was found."""
-        self._engine.finish(self, index, reason)
+RESTART_AFTER_S = 300.0
+"""So long a lost pipeline may fail to come back before a restart is thought to help: it plans anew
+for what is left, but ends the stages that still hold their weights."""
 
 
 News = tuple[RequestStream, TokenEvent]
@@ -337,14 +248,24 @@ class Engine:
             return "draining"
         return "ok" if self._pipeline.num_in_flight else "idle"
 
+    @property
+    def needs_restart(self) -> bool:
+        """Nothing moves, or the pipeline is gone and nobody, or for long in vain, brings it
+        back."""
+        with self._lock:
+            loss, failure = self._loss, self._failure
+        if not failure:
+            return self.health == "stalled"
+        return loss is None or time.monotonic() - loss[1] > RESTART_AFTER_S
+
     def status(self) -> DeploymentStatus:
         """A snapshot; asks the stages, so it can take some milliseconds."""
         with self._lock:
             counts = self._scheduler.counts()
-            loss, failure = self._loss, self._failure
+            loss, failure, health = self._loss, self._failure, self.health
         return DeploymentStatus(
             model=self.model_info,
-            health=self.health,
+            health=health,
             reason=failure or (loss[0] if loss else ""),
             epoch=self._pipeline.epoch,
             num_in_flight=self._pipeline.num_in_flight,

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.processors import TemplateProcessing
 
-from tightfit.cluster.engine import DeploymentStatus, ModelInfo
+from tightfit.cluster.deployment_status import DeploymentStatus, ModelInfo
 from tightfit.cluster.errors import InvalidRequestError, OverloadedError, UnavailableError
 from tightfit.cluster.gateway.server import GatewayServer
 from tightfit.cluster.metrics import Metrics
@@ -273,6 +273,10 @@ class FakeEngine:
     @property
     def num_unfinished(self):
         return len(self._streams)
+
+    @property
+    def needs_restart(self):
+        return self.health in ("failed", "stalled")
 
     @property
     def health(self):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 
-from tightfit.cluster.engine import DeploymentStatus, ModelInfo
+from tightfit.cluster.deployment_status import DeploymentStatus, ModelInfo
 from tightfit.cluster.monitor import Sample
 from tightfit.cluster.scheduling.config import SchedulerCounts
 from tightfit.workers.api import StageMemory, StageStatus

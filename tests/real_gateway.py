@@ -15,7 +15,8 @@ from prometheus_client import CollectorRegistry
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from tightfit.cluster.engine import Engine, ModelInfo
+from tightfit.cluster.deployment_status import ModelInfo
+from tightfit.cluster.engine import Engine
 from tightfit.cluster.gateway.server import GatewayServer
 from tightfit.cluster.gateway.watch import Tracer
 from tightfit.cluster.metrics import Metrics

@@ -13,6 +13,7 @@ from doubles import request
 from fake_engine import in_loop, until
 from real_gateway import BLOCK_SIZE, NUM_BLOCKS, RealGateway, SampledStages, expected, real_gateway
 
+from tightfit.cluster import engine
 from tightfit.cluster.errors import PlacementError, UnavailableError
 from tightfit.cluster.request import FinishReason
 from tightfit.cluster.supervisor import FIRST_EPOCH, Supervisor
@@ -189,15 +190,19 @@ async def test_when_it_does_not_come_back_every_request_ends_with_the_reason_unt
 
 
 @in_loop
-async def test_while_attempts_fail_new_requests_are_refused_at_once():
+async def test_while_attempts_fail_requests_are_refused_and_after_long_a_restart_helps(monkeypatch):
     async with supervised() as (gateway, _, repair):
         repair.failures = [PlacementError("no node n1")] * 100_000
         repair.lose("stage 0 has died")
         assert await until(lambda: gateway.engine.health == "failed")
         with pytest.raises(UnavailableError, match="It is not back yet: no node n1"):
             gateway.engine.submit(request("a", [5]))
+        assert not gateway.engine.needs_restart
+        monkeypatch.setattr(engine, "RESTART_AFTER_S", 0.0)
+        assert gateway.engine.needs_restart
         repair.failures.clear()
         assert await until(lambda: gateway.engine.health == "idle")
+        assert not gateway.engine.needs_restart
 
 
 @in_loop
@@ -251,21 +256,18 @@ async def test_a_smaller_cache_afterwards_ends_what_it_cannot_hold_and_serves_th
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_a_loss_before_anybody_watches_is_not_forgotten():
-    @in_loop
-    async def run():
-        gateway = RealGateway()
-        repair = Repair(gateway)
-        repair.lose()
-        repair.supervisor.start(gateway.engine, repair)
-        gateway.engine.start()
-        try:
-            assert await until(lambda: gateway.engine.status().num_recoveries == 1)
-        finally:
-            repair.supervisor.close()
-            gateway.engine.stop()
-
-    run()
+@in_loop
+async def test_a_loss_before_anybody_watches_is_not_forgotten():
+    gateway = RealGateway()
+    repair = Repair(gateway)
+    repair.lose()
+    repair.supervisor.start(gateway.engine, repair)
+    gateway.engine.start()
+    try:
+        assert await until(lambda: gateway.engine.status().num_recoveries == 1)
+    finally:
+        repair.supervisor.close()
+        gateway.engine.stop()
 
 
 @in_loop

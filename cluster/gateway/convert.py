@@ -10,7 +10,7 @@ import re
 import secrets
 from collections.abc import Iterable, Sequence
 
-from tightfit.cluster.engine import DeploymentStatus, ModelInfo
+from tightfit.cluster.deployment_status import DeploymentStatus, ModelInfo
 from tightfit.cluster.errors import InvalidRequestError, ModelNotFoundError
 from tightfit.cluster.request import FinishReason, SamplingParams, TokenEvent
 from tightfit.v1 import cluster_pb2, common_pb2, inference_pb2

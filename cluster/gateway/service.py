@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
-from tightfit.cluster.engine import Engine, RequestStream
+from tightfit.cluster.engine import Engine
 from tightfit.cluster.errors import TightfitError
 from tightfit.cluster.gateway import convert
 from tightfit.cluster.gateway.generation import Chunk, Generation, joined, raise_failure
@@ -14,6 +14,7 @@ from tightfit.cluster.gateway.status import Context, stream, unary
 from tightfit.cluster.gateway.watch import RequestWatch, Tracer
 from tightfit.cluster.metrics import Metrics
 from tightfit.cluster.request import FinishReason, Request
+from tightfit.cluster.request_stream import RequestStream
 from tightfit.cluster.security.caller import charge
 from tightfit.cluster.tokenizer import Tokenizer
 from tightfit.v1 import inference_pb2, inference_pb2_grpc

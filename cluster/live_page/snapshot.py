@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from tightfit.cluster.engine import DeploymentStatus
+from tightfit.cluster.deployment_status import DeploymentStatus
 from tightfit.cluster.monitor import Sample
 from tightfit.workers.api import StageStatus
 
