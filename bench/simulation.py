@@ -31,7 +31,8 @@ from prometheus_client import CollectorRegistry
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 import harness
 
-from tightfit.cluster.engine import Engine, ModelInfo
+from tightfit.cluster.deployment_status import ModelInfo
+from tightfit.cluster.engine import Engine
 from tightfit.cluster.launch import StageGroup
 from tightfit.cluster.metrics import Metrics
 from tightfit.cluster.pipeline import Pipeline, StageChain

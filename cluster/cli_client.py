@@ -157,8 +157,10 @@ def print_status(answer: dict[str, Any], console: Console) -> None:
     """The status as a person reads it."""
     load = answer["load"]
     reason = f" ({answer['reason']})" if answer["reason"] else ""
+    number = answer["num_recoveries"]
+    recoveries = f", {number} {'recovery' if number == 1 else 'recoveries'}" if number else ""
     console.print(
-        f"{answer['model']}: {answer['health']}{reason}, epoch {answer['epoch']}",
+        f"{answer['model']}: {answer['health']}{reason}, epoch {answer['epoch']}{recoveries}",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
     used, blocks = load["kv_blocks_used"], load["kv_blocks"]

@@ -9,9 +9,8 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from prometheus_client import CollectorRegistry
 
 from tightfit.cluster.arrangement import Arrangement, arrange, arrange_early, compare
 from tightfit.cluster.config import PlanConfig, ServeConfig, split_address
-from tightfit.cluster.engine import Engine, ModelInfo
+from tightfit.cluster.deployment_status import ModelInfo
+from tightfit.cluster.engine import Engine
 from tightfit.cluster.gateway.auth import GatewaySecurity
 from tightfit.cluster.gateway.protection import gateway_security
 from tightfit.cluster.gateway.server import GatewayServer
@@ -28,22 +28,24 @@ from tightfit.cluster.gateway.watch import Tracer
 from tightfit.cluster.launch import StageGroup
 from tightfit.cluster.metrics import Metrics
 from tightfit.cluster.model import ModelDescription, describe_model
+from tightfit.cluster.nodes import alive_nodes
 from tightfit.cluster.observing import show, start_tracing
 from tightfit.cluster.pipeline import LinkedStages, Pipeline
-from tightfit.cluster.placement import Placement
+from tightfit.cluster.placement import Place, Placement
 from tightfit.cluster.progress import LoadView
 from tightfit.cluster.ray_session import RayOptions, RaySession
+from tightfit.cluster.relocation import relocate
 from tightfit.cluster.replanning import PlanWatch, better_plan
 from tightfit.cluster.scheduling.batching import Scheduler, SchedulerConfig
+from tightfit.cluster.supervisor import FIRST_EPOCH, Supervisor
 from tightfit.cluster.surroundings import Surroundings
 from tightfit.cluster.tokenizer import Tokenizer, load_tokenizer
 from tightfit.cluster.turn import PlanningTurn
-from tightfit.workers.api import LoadProgress, StageStatus
+from tightfit.workers.api import LoadProgress, StageSpec, StageStatus
 from tightfit.workers.shard_bytes import format_label
 
 log = logging.getLogger(__name__)
 
-FIRST_EPOCH = 1
 SWITCH_INTERVAL_S = 0.0005
 """The engine's thread and the event loop take turns at the interpreter; 5 ms, Python's default, is
 a token's time."""
@@ -77,14 +79,22 @@ def ray_options(config: ServeConfig) -> RayOptions:
 def start_replica(
     session: RaySession,
     arrangement: Arrangement,
-    on_lost: Callable[[str], None],
+    on_lost: Callable[[str, int], None],
     cleanup: ExitStack,
     *,
     check: Callable[[], None],
 ) -> Replica:
     """Place, load and wire the stages; `cleanup` ends them, `check` may raise to end the load."""
     specs = arrangement.specs
-    group = StageGroup(session, specs, places=arrangement.places, on_lost=on_lost)
+    plan = arrangement.placement.plan
+
+    def moved(
+        index: int, specs: Sequence[StageSpec], places: Sequence[Place]
+    ) -> tuple[StageSpec, Place]:
+        assert plan is not None, "only stages with places are moved"
+        return relocate(plan, specs[index], places, alive_nodes())
+
+    group = StageGroup(session, specs, places=arrangement.places, on_lost=on_lost, relocate=moved)
     cleanup.callback(group.close)
     group.place()
     labels = [f"stage {spec.stage_index}" for spec in specs]
@@ -101,6 +111,12 @@ def start_replica(
     return Replica(group=group, links=group.connect(epoch=FIRST_EPOCH), statuses=tuple(statuses))
 
 
+def common_blocks(statuses: Sequence[StageStatus]) -> int:
+    """KV blocks that every stage has. A block id means the same on each: the smallest cache
+    decides."""
+    return min(status.memory.num_kv_blocks for status in statuses)
+
+
 def make_engine(
     placement: Placement,
     model: ModelDescription,
@@ -110,8 +126,7 @@ def make_engine(
 ) -> Engine:
     """The engine of a loaded replica; not started."""
     config, num_stages = placement.config, len(placement.specs)
-    # A block id means the same on every stage: the smallest cache decides.
-    num_blocks = min(status.memory.num_kv_blocks for status in replica.statuses)
+    num_blocks = common_blocks(replica.statuses)
     limit = min(config.max_context or model.config.max_position, model.config.max_position)
     eos = model.config.eos_token_ids | tokenizer.eos_token_ids
     scheduler = Scheduler(
@@ -189,14 +204,17 @@ def serve(config: ServeConfig, plan_config: PlanConfig | None = None) -> int:
         _announce(placement, model)
         registry = CollectorRegistry()
         metrics = Metrics(registry, num_stages=len(arrangement.specs))
-        lost = LostStage()
+        supervisor = Supervisor()
         interrupts.check()
-        replica = start_replica(session, arrangement, lost.report, cleanup, check=interrupts.check)
+        replica = start_replica(
+            session, arrangement, supervisor.lost, cleanup, check=interrupts.check
+        )
         turn.release()
         engine = make_engine(placement, model, replica, tokenizer.result(), metrics)
-        lost.tell(engine.fail)
+        supervise(supervisor, engine, replica, config)
+        cleanup.callback(supervisor.close)
         show(config, engine, metrics, registry, cleanup)
-        watch = watch_plan(arrangement, engine, cpu_budget_bytes=budget)
+        watch = watch_plan(arrangement, replica.group, engine, cpu_budget_bytes=budget)
         if watch is not None:
             watch.start()
             cleanup.callback(watch.close)
@@ -207,11 +225,25 @@ def serve(config: ServeConfig, plan_config: PlanConfig | None = None) -> int:
         )
 
 
+def supervise(
+    supervisor: Supervisor, engine: Engine, replica: Replica, config: ServeConfig
+) -> None:
+    """Let a lost pipeline be brought back: of its stages those that are lost start anew."""
+
+    def bring_back(epoch: int) -> int:
+        statuses = replica.group.recover(
+            epoch=epoch, timeout_s=config.load_timeout_s, check=supervisor.check
+        )
+        return common_blocks(statuses)
+
+    supervisor.start(engine, bring_back)
+
+
 def watch_plan(
-    arrangement: Arrangement, engine: Engine, *, cpu_budget_bytes: int | None
+    arrangement: Arrangement, group: StageGroup, engine: Engine, *, cpu_budget_bytes: int | None
 ) -> PlanWatch | None:
-    """Looks for a better plan while the engine serves; None where there is no plan, or it is not
-    wanted. Not started."""
+    """Looks for a better plan while the engine serves, as long as all stages are where the plan has
+    them; None where there is no plan, or it is not wanted. Not started."""
     plan, request, config = arrangement.placement.plan, arrangement.request, arrangement.config
     if plan is None or request is None or config.replan_interval_s == 0:
         return None
@@ -223,6 +255,8 @@ def watch_plan(
     )
 
     def look() -> str | None:
+        if group.has_moved:
+            return None
         inventory = around.inventory()
         return better_plan(request, plan, inventory, max_kv_blocks=config.max_kv_blocks)
 
@@ -232,31 +266,6 @@ def watch_plan(
             print(f"a better plan has become possible: {news}; a restart takes it", file=sys.stderr)
 
     return PlanWatch(look, config.replan_interval_s, tell)
-
-
-class LostStage:
-    """Passes on that a stage was lost, also when that came before anybody listened."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._reason: str | None = None
-        self._listener: Callable[[str], None] | None = None
-
-    def report(self, reason: str) -> None:
-        """A stage is lost."""
-        with self._lock:
-            self._reason = reason
-            listener = self._listener
-        if listener is not None:
-            listener(reason)
-
-    def tell(self, listener: Callable[[str], None]) -> None:
-        """Call `listener` with the reason, now or when there is one."""
-        with self._lock:
-            self._listener = listener
-            reason = self._reason
-        if reason is not None:
-            listener(reason)
 
 
 def _announce(placement: Placement, model: ModelDescription) -> None:

@@ -10,14 +10,15 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
+from tightfit.cluster.deployment_status import DeploymentStatus, ModelInfo
 from tightfit.cluster.errors import InvalidRequestError, UnavailableError
 from tightfit.cluster.metrics import Metrics
 from tightfit.cluster.pipeline import Completed, Pipeline
-from tightfit.cluster.request import FinishReason, Request, StepTiming, TokenEvent
-from tightfit.cluster.scheduling.batching import Scheduler, SchedulerCounts
+from tightfit.cluster.request import FinishReason, Recovery, Request, StepTiming, TokenEvent
+from tightfit.cluster.request_stream import RequestStream
+from tightfit.cluster.scheduling.batching import Scheduler
 from tightfit.workers.api import StageStatus
 
 log = logging.getLogger(__name__)
@@ -25,95 +26,9 @@ log = logging.getLogger(__name__)
 DEADLINE_POLL_S = 0.05
 IDLE_POLL_S = 1.0
 STALL_S = 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelInfo:
-    """What is served."""
-
-    name: str
-    """Name that requests may carry."""
-    family: str
-    num_layers: int
-    vocab_size: int
-    max_context_tokens: int
-    """Prompt and output together, at most."""
-    weight_format: str
-    eos_token_ids: frozenset[int]
-    num_stages: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeploymentStatus:
-    """A snapshot of the whole deployment."""
-
-    model: ModelInfo
-    health: str
-    """"ok", "idle", "stalled", "failed" or "draining"."""
-    reason: str
-    """Why it is failed; empty otherwise."""
-    epoch: int
-    num_in_flight: int
-    counts: SchedulerCounts
-    stages: tuple[StageStatus, ...]
-    better_plan: str = ""
-    """What a restart would make better; empty: nothing that is known."""
-
-
-class RequestStream:
-    """The events of one request, in order; made by `Engine.submit`, read in the event loop."""
-
-    def __init__(self, engine: Engine, request: Request) -> None:
-        self._engine = engine
-        self._request = request
-        self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
-        self._unfinished = request.sampling.n
-        self._num_open = request.sampling.n
-        self.steps: list[StepTiming] = []
-        """Its first steps through the stages, if the engine was told to note any."""
-
-    @property
-    def request_id(self) -> str:
-        """Identity of the request."""
-        return self._request.request_id
-
-    def push(self, event: TokenEvent) -> None:
-        """Add an event; in the event loop only."""
-        self._events.put_nowait(event)
-        if event.finish_reason is not None:
-            self._num_open -= 1
-
-    @property
-    def has_every_end(self) -> bool:
-        """The last event of each sequence was pushed, though maybe not read."""
-        return self._num_open == 0
-
-    @property
-    def has_waiting(self) -> bool:
-        """An event can be taken at once."""
-        return not self._events.empty()
-
-    def __aiter__(self) -> AsyncIterator[TokenEvent]:
-        return self
-
-    async def __anext__(self) -> TokenEvent:
-        if self._unfinished == 0:
-            raise StopAsyncIteration
-        event = await self._events.get()
-        if event.finish_reason is not None:
-            self._unfinished -= 1
-        return event
-
-    def cancel(self, reason: FinishReason = FinishReason.CANCELLED) -> None:
-        """End every sequence of the request; its KV blocks are free when this returns.
-
-        Does nothing when the request has ended, even if its id is another's by now.
-        """
-        self._engine.cancel(self, reason)
-
-    def finish(self, index: int, reason: FinishReason) -> None:
-        """End one of the request's sequences, as when a stop string was found."""
-        self._engine.finish(self, index, reason)
+RESTART_AFTER_S = 300.0
+"""So long a lost pipeline may fail to come back before a restart is thought to help: it plans anew
+for what is left, but ends the stages that still hold their weights."""
 
 
 News = tuple[RequestStream, TokenEvent]
@@ -156,8 +71,12 @@ class Engine:
         self._streams: dict[str, RequestStream] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failure = ""
+        self._loss: tuple[str, float] | None = None  # why and when the pipeline was lost
+        self._on_lost: Callable[[str, int], None] | None = None
+        self._num_recoveries = 0
         self._draining = False
         self._stopping = threading.Event()
+        self._parked, self._may_go_on = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # -- in the event loop -------------------------------------------------------------------
@@ -246,14 +165,70 @@ class Engine:
         return len(self._streams)
 
     def fail(self, reason: str) -> None:
-        """End every request with UNAVAILABLE and refuse new ones."""
-        if self._failure or self._stopping.is_set():
+        """End every request with UNAVAILABLE and refuse new ones, until `resume`."""
+        if self._stopping.is_set():
             return
-        log.error("the pipeline has failed: %s", reason)
+        if not self._failure:
+            log.error("the pipeline has failed: %s", reason)
         self._failure = reason
         with self._lock:
             news = self._addressed(self._scheduler.fail_all(reason))
         self._deliver(news)
+
+    # -- the pipeline is lost, and comes back ------------------------------------------------
+
+    def tell_losses(self, listener: Callable[[str, int], None]) -> None:
+        """Instead of failing when the pipeline is lost, suspend and call `listener`, who brings it
+        back; with the reason and the epoch, from the engine's thread."""
+        self._on_lost = listener
+
+    def suspend(self, reason: str) -> None:
+        """Send and receive nothing more, for the pipeline is lost. Requests wait; new ones are
+        queued. The engine's thread parks at once or after the step that it is sending."""
+        with self._lock:
+            if self._loss is None and not self._stopping.is_set():
+                log.warning("the pipeline is lost: %s", reason)
+                self._may_go_on.clear()
+                self._loss = (reason, time.monotonic())
+        self._pipeline.wake()
+
+    def wait_parked(self, timeout_s: float) -> bool:
+        """Until the engine's thread leaves the pipeline alone, until `resume`; False: it does
+        not."""
+        return self._parked.wait(timeout_s)
+
+    def resume(self, epoch: int, *, num_blocks: int | None = None) -> Recovery | None:
+        """Go on with a pipeline whose caches are empty, after `suspend`; sequences that ran are
+        computed anew. None: nothing was lost, or all has stopped.
+
+        Args:
+            epoch: that the stages are in.
+            num_blocks: KV blocks of the stage that has fewest; default: as many as before.
+        """
+        with self._lock:
+            if self._loss is None or self._stopping.is_set():
+                return None
+            reason, lost_s = self._loss
+            before = self._scheduler.counts().num_replayed_tokens
+            open_streams = list(self._streams.values())
+            news = self._addressed(self._scheduler.reset_in_flight(num_blocks))
+            recovery = Recovery(
+                epoch=epoch,
+                reason=reason,
+                lost_s=lost_s,
+                resumed_s=time.monotonic(),
+                num_replayed_tokens=self._scheduler.counts().num_replayed_tokens - before,
+            )
+            for stream in open_streams:
+                stream.recoveries.append(recovery)
+            self._pipeline.begin_epoch(epoch)
+            self._num_recoveries += 1
+            self._failure, self._loss = "", None
+            self._parked.clear()
+            self._may_go_on.set()
+        self._metrics.observe_recovery(recovery)
+        self._deliver(news)
+        return recovery
 
     @property
     def failure(self) -> str:
@@ -262,33 +237,56 @@ class Engine:
 
     @property
     def health(self) -> str:
-        """ "failed", "stalled", "draining", "ok" (a step is under way) or "idle"."""
+        """ "failed", "recovering", "stalled", "draining", "ok" (a step is under way) or "idle"."""
         if self._failure:
             return "failed"
+        if self._loss is not None:
+            return "recovering"
         if self._pipeline.oldest_age_s > self._stall_s:
             return "stalled"
         if self._draining:
             return "draining"
         return "ok" if self._pipeline.num_in_flight else "idle"
 
+    @property
+    def needs_restart(self) -> bool:
+        """Nothing moves, or the pipeline is gone and nobody, or for long in vain, brings it
+        back."""
+        with self._lock:
+            loss, failure = self._loss, self._failure
+        if not failure:
+            return self.health == "stalled"
+        return loss is None or time.monotonic() - loss[1] > RESTART_AFTER_S
+
     def status(self) -> DeploymentStatus:
         """A snapshot; asks the stages, so it can take some milliseconds."""
         with self._lock:
             counts = self._scheduler.counts()
+            loss, failure, health = self._loss, self._failure, self.health
         return DeploymentStatus(
             model=self.model_info,
-            health=self.health,
-            reason=self._failure,
+            health=health,
+            reason=failure or (loss[0] if loss else ""),
             epoch=self._pipeline.epoch,
             num_in_flight=self._pipeline.num_in_flight,
             counts=counts,
-            stages=() if self._failure else tuple(self._stage_statuses()),
+            stages=() if failure or loss else self._stages_now(),
             better_plan=self.better_plan,
+            num_recoveries=self._num_recoveries,
         )
+
+    def _stages_now(self) -> tuple[StageStatus, ...]:
+        """Empty when they cannot be asked: one may be lost, and nobody has noticed yet."""
+        try:
+            return tuple(self._stage_statuses())
+        except UnavailableError as error:
+            log.warning("the stages did not say how they are: %s", str(error).partition("\n")[0])
+            return ()
 
     def stop(self) -> None:
         """End the loop and every request; returns when the thread has ended."""
         self._stopping.set()
+        self._may_go_on.set()
         with self._lock:
             news = self._addressed(self._scheduler.fail_all("the service has stopped"))
         self._deliver(news)
@@ -306,12 +304,30 @@ class Engine:
     def _run(self) -> None:
         try:
             while not self._stopping.is_set():
-                self._step()
-        except UnavailableError as error:
-            self.fail(str(error))
+                try:
+                    self._step()
+                except UnavailableError as error:
+                    if self._on_lost is None:
+                        self.fail(str(error))
+                        return
+                    self.suspend(str(error))
+                    self._on_lost(str(error), self._pipeline.epoch)
+                if self._loss is not None:
+                    self._park()
         except Exception as error:
             log.exception("the engine's loop ended")
             self.fail(f"internal error in the engine: {error!r}")
+
+    def _park(self) -> None:
+        """Keep off the pipeline until it is back; only deadlines pass meanwhile."""
+        while not self._stopping.is_set():
+            with self._lock:
+                if self._loss is None:
+                    return
+                self._parked.set()
+                news = self._addressed(self._scheduler.expire(time.monotonic()))
+            self._deliver(news)
+            self._may_go_on.wait(DEADLINE_POLL_S if self._streams else IDLE_POLL_S)
 
     def _step(self) -> None:
         """Fill the pipeline, wait for one result, apply it, refill, and only then hand out
@@ -321,7 +337,7 @@ class Engine:
         now_s = time.monotonic()
         with self._lock:
             events = list(self._scheduler.expire(now_s))
-            if completed is not None and not self._failure:
+            if completed is not None and not self._failure and self._loss is None:
                 if self._num_traced_steps:
                     self._note_step(completed)
                 events += self._scheduler.apply(completed.slices, completed.result, now_s)
@@ -352,7 +368,7 @@ class Engine:
             )
 
     def _fill(self) -> None:
-        while self._pipeline.has_room and not self._failure:
+        while self._pipeline.has_room and not self._failure and self._loss is None:
             with self._lock:
                 slices = self._scheduler.next_micro_batch(time.monotonic())
             if slices is None:

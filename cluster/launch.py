@@ -1,61 +1,43 @@
-"""Starts stages as Ray actors, wires them, watches them, ends them."""
+"""Loads stages, wires them, watches them, brings lost ones back, ends them."""
 
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tightfit.cluster.errors import PlacementError, UnavailableError
 from tightfit.cluster.pipeline import LinkedStages
 from tightfit.cluster.placement import Place
 from tightfit.cluster.ray_session import RaySession
-from tightfit.workers.actor import StageActor
+from tightfit.cluster.stage_rooms import Relocate, StageRooms, has_several_nodes
 from tightfit.workers.api import LoadProgress, StageSpec, StageStatus
 from tightfit.workers.errors import WorkerError
-from tightfit.workers.logs import log_environment
 
 log = logging.getLogger(__name__)
 
-NODE_ID_LABEL = "ray.io/node-id"
-"""That Ray gives each node."""
 CONTROL_TIMEOUT_S = 30.0
 PROGRESS_POLL_S = 0.25
-SPIN_COUNT = 30_000
-"""GOMP_SPINCOUNT of a stage: how often a waiting OpenMP thread looks before it sleeps. By libgomp's
-own default of 300,000 the threads of a finished forward hold their cores for about a millisecond,
-while the engine on the same host wants one to send the next. Too few, and they sleep between the
-operations of one forward, each of which then waits for the kernel to wake them. Measured with one
-stage on both of 2 cores, ms between forwards | first token of 20: 300,000 0.70 | 28; 30,000 0.46 |
-29; 10,000 0.40 | 37; 1,000 0.41 | 46."""
+RESTART_PAUSE_S = 1.0
+FENCE_TIMEOUT_S = 15.0
+"""For the step that a stage is in: one that takes longer is ended. A full link takes 10."""
 
 
-def _stage_environment(threads: int, gpu_uuid: str | None) -> dict[str, str]:
-    """Variables of a stage's process; libgomp reads its own once, before the first operation.
-
-    Ray counts GPUs, and would give a stage any one of its node: a stage that is planned on a
-    certain one sees that one, and Ray is told to leave the variable alone.
-    """
-    spin = os.environ.get("GOMP_SPINCOUNT", str(SPIN_COUNT))
-    environment = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": spin, "PYTHONSAFEPATH": "1"}
-    environment |= log_environment()
-    if gpu_uuid is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = f"GPU-{gpu_uuid.removeprefix('GPU-')}"
-        environment["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"
-    return environment
-
-
-def _amounts(resources: Mapping[str, float], names: Sequence[str]) -> str:
-    return ", ".join(f"{resources.get(name, 0):g} {name}" for name in names)
+def _has_ended(ref: Any, deadline: float, check: Callable[[], None]) -> bool:
+    """The call has come back, well or not, before `time.monotonic` is at the deadline; `check` may
+    raise meanwhile."""
+    while True:
+        check()
+        left_s = max(0.0, deadline - time.monotonic())
+        done, _ = ray.wait([ref], timeout=min(left_s, PROGRESS_POLL_S))
+        if done or not left_s:
+            return bool(done)
 
 
 class StageGroup:
@@ -65,7 +47,9 @@ class StageGroup:
         session: a connection to Ray.
         specs: the stages, first to last.
         places: the device of each; none: Ray chooses, by its strategy.
-        on_lost: called once, from a thread, with the reason, when a stage ends unasked.
+        on_lost: called once in an epoch, from a thread, with the reason and the epoch, when a
+            stage ends unasked.
+        relocate: see `StageRooms`.
     """
 
     def __init__(
@@ -74,18 +58,20 @@ class StageGroup:
         specs: Sequence[StageSpec],
         *,
         places: Sequence[Place] = (),
-        on_lost: Callable[[str], None] | None = None,
+        on_lost: Callable[[str, int], None] | None = None,
+        relocate: Relocate | None = None,
     ) -> None:
-        self._session = session
-        self.specs = tuple(specs)
-        self._places = tuple(places)
+        self._run_dir = tempfile.mkdtemp(prefix="tf-run-")
+        self._rooms = StageRooms(
+            session.options, specs, places=places, run_dir=self._run_dir, relocate=relocate
+        )
+        self._timeout_s = session.options.placement_timeout_s
         self._on_lost = on_lost
-        self._group: PlacementGroup | None = None
         self._actors: list[Any] = []
         self._runs: list[Any] = []
+        self._links: LinkedStages | None = None
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
-        self._run_dir = tempfile.mkdtemp(prefix="tf-run-")
         self._node_id = ray.get_runtime_context().get_node_id()
 
     # -- placement ---------------------------------------------------------------------------
@@ -96,70 +82,13 @@ class StageGroup:
         Raises:
             PlacementError: the cluster has no room within the time limit.
         """
-        options = self._session.options
-        bundles = [self._bundle(spec) for spec in self.specs]
-        selectors = [{NODE_ID_LABEL: place.ray_node_id} for place in self._places]
-        self._group = placement_group(
-            [dict(bundle) for bundle in bundles],
-            options.strategy if not selectors else "PACK",
-            bundle_label_selector=selectors or None,
-        )
-        if not self._group.wait(options.placement_timeout_s):
-            raise PlacementError(self._why_no_room(bundles))
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        several = len(nodes) > 1
-        for index, bundle in enumerate(bundles):
-            self._actors.append(self._start_actor(index, bundle, several))
+        self._rooms.reserve()
+        self._actors = [self._rooms.start(index) for index in range(len(self._rooms.specs))]
 
-    def _bundle(self, spec: StageSpec) -> dict[str, float]:
-        """What Ray reserves for a stage."""
-        gpus = {"GPU": 1.0} if spec.device.startswith("cuda") else {}
-        return {"CPU": self._threads(spec), **gpus}
-
-    def _threads(self, spec: StageSpec) -> int:
-        return spec.num_threads or self._session.options.threads_per_stage
-
-    def _why_no_room(self, bundles: Sequence[dict[str, float]]) -> str:
-        names = sorted({name for bundle in bundles for name in bundle})
-        wanted = "; ".join(
-            f"stage {index}: {_amounts(bundle, names)}"
-            + (f" on {self._node_of(index)}" if self._places else "")
-            for index, bundle in enumerate(bundles)
-        )
-        free = ray.available_resources()
-        there = "; ".join(
-            f"{node['NodeManagerAddress']}: {_amounts(node['Resources'], names)}"
-            for node in ray.nodes()
-            if node["Alive"]
-        )
-        how = "" if self._places else f" ({self._session.options.strategy})"
-        return (
-            f"no room for {len(self.specs)} stage(s){how} within "
-            f"{self._session.options.placement_timeout_s:g} s: {wanted}. The cluster has {there}; "
-            f"free now: {_amounts(free, names)}. Add a node, end what holds them, or ask for fewer "
-            "stages or threads"
-        )
-
-    def _node_of(self, index: int) -> str:
-        ray_id = self._places[index].ray_node_id
-        found = [n["NodeManagerAddress"] for n in ray.nodes() if n["NodeID"] == ray_id]
-        return found[0] if found else "a node that is gone"
-
-    def _start_actor(self, index: int, bundle: dict[str, float], tcp: bool) -> Any:
-        spec = self.specs[index]
-        uuid = self._places[index].gpu_uuid if self._places else None
-        actor_class = ray.remote(StageActor)
-        return actor_class.options(
-            num_cpus=bundle["CPU"],
-            num_gpus=bundle.get("GPU", 0),
-            max_restarts=0,
-            max_task_retries=0,
-            max_concurrency=4,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                self._group, placement_group_bundle_index=index
-            ),
-            runtime_env={"env_vars": _stage_environment(self._threads(spec), uuid)},
-        ).remote(spec, self._run_dir, tcp)
+    @property
+    def has_moved(self) -> bool:
+        """Some stage is not where it was placed first."""
+        return self._rooms.has_moved
 
     # -- loading -----------------------------------------------------------------------------
 
@@ -175,27 +104,38 @@ class StageGroup:
             WorkerError: a stage could not load; its own words.
             UnavailableError: a stage's process ended, or the time limit passed.
         """
+        return self._load(range(len(self._actors)), timeout_s, progress)
+
+    def _load(
+        self,
+        indices: Sequence[int],
+        timeout_s: float,
+        progress: Callable[[int, LoadProgress], None] | None,
+    ) -> list[StageStatus]:
+        """Load some stages; see `load`."""
         deadline = time.monotonic() + timeout_s
-        loads = [actor.load.remote() for actor in self._actors]
+        loads = {self._actors[index].load.remote(): index for index in indices}
         pending = list(loads)
         while pending:
             done, pending = ray.wait(pending, num_returns=1, timeout=PROGRESS_POLL_S)
-            self._report(progress)
+            if progress is not None:
+                self._report(indices, progress)
             for ref in done:
-                self._result(ref, loads.index(ref))
+                self._result(ref, loads[ref])
             if pending and time.monotonic() > deadline:
-                late = ", ".join(str(loads.index(ref)) for ref in pending)
+                late = ", ".join(str(loads[ref]) for ref in pending)
                 raise UnavailableError(f"stage(s) {late} did not load within {timeout_s:g} s")
-        return [self._result(ref, index) for index, ref in enumerate(loads)]
+        return [self._result(ref, index) for ref, index in loads.items()]
 
-    def _report(self, progress: Callable[[int, LoadProgress], None] | None) -> None:
-        if progress is None:
-            return
-        for index, actor in enumerate(self._actors):
+    def _report(
+        self, indices: Sequence[int], progress: Callable[[int, LoadProgress], None]
+    ) -> None:
+        for index in indices:
             try:
-                progress(index, ray.get(actor.progress.remote(), timeout=CONTROL_TIMEOUT_S))
+                now = ray.get(self._actors[index].progress.remote(), timeout=CONTROL_TIMEOUT_S)
             except ray.exceptions.RayError:
                 continue  # its load reports the reason
+            progress(index, now)
 
     def _result(self, ref: Any, index: int) -> Any:
         """A control call's result, with Ray's wrapping taken off its errors."""
@@ -210,6 +150,8 @@ class StageGroup:
             raise UnavailableError(
                 f"stage {index} did not answer within {CONTROL_TIMEOUT_S:g} s"
             ) from error
+        except ray.exceptions.ActorUnavailableError as error:
+            raise UnavailableError(f"stage {index} cannot be reached: {error}") from error
         except ray.exceptions.RayActorError as error:
             raise UnavailableError(f"stage {index}'s process ended: {error}") from error
 
@@ -217,12 +159,15 @@ class StageGroup:
 
     def connect(self, *, epoch: int) -> LinkedStages:
         """Wire the links, first stage to last and back to us, and let the stages run."""
-        several = len([node for node in ray.nodes() if node["Alive"]]) > 1
-        ours = LinkedStages(
+        self._links = LinkedStages(
             run_dir=self._run_dir,
             node_id=self._node_id,
-            tcp_host=ray.util.get_node_ip_address() if several else None,
+            tcp_host=ray.util.get_node_ip_address() if has_several_nodes() else None,
         )
+        self._wire(self._links, epoch)
+        return self._links
+
+    def _wire(self, ours: LinkedStages, epoch: int) -> None:
         endpoints = [
             self._result(actor.endpoint.remote(), index) for index, actor in enumerate(self._actors)
         ]
@@ -232,26 +177,103 @@ class StageGroup:
             self._result(wired, index)
         ours.connect(endpoints[0], last_key=endpoints[-1].public_key)
         self._runs = [actor.run.remote() for actor in self._actors]
-        self._watcher = threading.Thread(target=self._watch, name="stage-watch", daemon=True)
+        self._watcher = threading.Thread(
+            target=self._watch, args=(self._runs, epoch), name="stage-watch", daemon=True
+        )
         self._watcher.start()
-        return ours
 
-    def _watch(self) -> None:
+    def _watch(self, runs: Sequence[Any], epoch: int) -> None:
         """Report the first stage whose `run` ends before we ask for it."""
-        while not self._closing.is_set():
-            done, _ = ray.wait(self._runs, num_returns=1, timeout=0.5)
-            if done and not self._closing.is_set():
-                self._lost(self._runs.index(done[0]), done[0])
+        while not self._closing.is_set() and self._runs is runs:
+            done, _ = ray.wait(runs, num_returns=1, timeout=0.5)
+            if done and not self._closing.is_set() and self._runs is runs:
+                self._lost(runs.index(done[0]), done[0], epoch)
                 return
 
-    def _lost(self, index: int, run: Any) -> None:
+    def _lost(self, index: int, run: Any, epoch: int) -> None:
         try:
             self._result(run, index)
             reason = f"stage {index} ended"
         except (WorkerError, UnavailableError) as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0].rstrip(".")
         if self._on_lost is not None:
-            self._on_lost(reason)
+            self._on_lost(reason, epoch)
+
+    def recover(
+        self,
+        *,
+        epoch: int,
+        timeout_s: float,
+        check: Callable[[], None],
+    ) -> list[StageStatus]:
+        """Start those stages anew that are lost, and wire all for a new epoch; what each measures
+        then. The others keep their shards. May be called again when it has failed.
+
+        Nobody else may use the links meanwhile.
+
+        Args:
+            epoch: later than any before.
+            timeout_s: for loading.
+            check: called often; may raise, to end it.
+
+        Raises:
+            PlacementError: there is no room for one.
+            WorkerError, UnavailableError: see `load`.
+        """
+        assert self._links is not None, "not connected yet"
+        lost = self._fence(check)
+        self._start_anew(lost, check)
+        self._load(lost, timeout_s, lambda index, progress: check())
+        self._wire(self._links, epoch)
+        return self.statuses()
+
+    def _fence(self, check: Callable[[], None]) -> list[int]:
+        """Let every stage end its run; those that cannot, or whose process is gone, are lost."""
+        runs, self._runs = self._runs, []
+        deadline = time.monotonic() + FENCE_TIMEOUT_S
+        for actor in self._actors:
+            actor.pause.remote()
+        lost = {index for index, run in enumerate(runs) if not _has_ended(run, deadline, check)}
+        for index, actor in enumerate(self._actors):
+            try:
+                if runs and index not in lost:
+                    self._result(runs[index], index)
+                self._result(actor.status.remote(), index)
+            except (WorkerError, UnavailableError):
+                lost.add(index)
+        return sorted(lost)
+
+    def _start_anew(self, lost: Sequence[int], check: Callable[[], None]) -> None:
+        """New processes for these stages. One that ends at once is started again, as a node may be
+        dead before Ray knows it, which then places the stage there once more.
+
+        Raises:
+            PlacementError, UnavailableError: one is not there within the time limit for placement.
+        """
+        deadline = time.monotonic() + self._timeout_s
+        while lost:
+            for index in lost:
+                ray.kill(self._actors[index])
+                self._rooms.move_if_its_device_is_gone(index)
+                log.info("stage %d starts anew", index)
+                self._actors[index] = self._rooms.start(index)
+            signs = {index: self._actors[index].progress.remote() for index in lost}
+            if not all(_has_ended(sign, deadline, check) for sign in signs.values()):
+                raise PlacementError(self._rooms.why_none(lost))
+            lost = [
+                index for index, sign in signs.items() if not self._is_up(index, sign, deadline)
+            ]
+
+    def _is_up(self, index: int, sign: Any, deadline: float) -> bool:
+        """A stage's process answers; False: it has ended, and may be started again."""
+        try:
+            self._result(sign, index)
+        except UnavailableError:
+            if time.monotonic() + RESTART_PAUSE_S > deadline:
+                raise
+            time.sleep(RESTART_PAUSE_S)
+            return False
+        return True
 
     def statuses(self) -> list[StageStatus]:
         """What every stage reports of itself now."""
@@ -268,6 +290,5 @@ class StageGroup:
             self._watcher.join(timeout=2)
         for actor in self._actors:
             ray.kill(actor)
-        if self._group is not None:
-            remove_placement_group(self._group)
+        self._rooms.close()
         shutil.rmtree(self._run_dir, ignore_errors=True)

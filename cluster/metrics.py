@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from tightfit.cluster.errors import statuses
-from tightfit.cluster.request import FinishReason, RequestRecord
+from tightfit.cluster.request import FinishReason, Recovery, RequestRecord
 from tightfit.cluster.scheduling.batching import SchedulerCounts
 from tightfit.workers.api import StageStatus
 
@@ -40,8 +40,12 @@ STEP_BUCKETS_S = (
     1e-3, 2e-3, 4e-3, 6e-3, 8e-3, 10e-3, 12e-3, 15e-3, 20e-3, 30e-3, 50e-3, 75e-3, 100e-3, 200e-3,
     500e-3, 1.0, 2.5, 5.0, 10.0,
 )  # fmt: skip
+RECOVERY_BUCKETS_S = (
+    0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 45.0, 60.0, 90.0, 120.0, 180.0, 300.0, 600.0,
+    1200.0, 1800.0,
+)  # fmt: skip
 TOKEN_BUCKETS = tuple(2**power for power in range(18))
-HEALTH_STATES = ("ok", "idle", "stalled", "failed", "draining")
+HEALTH_STATES = ("ok", "idle", "stalled", "recovering", "failed", "draining")
 
 
 class Metrics:
@@ -58,6 +62,7 @@ class Metrics:
         self._define_scheduler()
         self._define_pipeline()
         self._define_deployment()
+        self._define_recoveries()
         self._define_stages()
         self._busy_of: list[Counter] = []
         """By stage: looking a label up takes longer than counting."""
@@ -179,6 +184,19 @@ class Metrics:
         for state in HEALTH_STATES:
             self._health.labels(state)
         self._epoch = self._gauge("replica_epoch", "Generation of the replica, from 1.")
+
+    def _define_recoveries(self) -> None:
+        self._recoveries = self._counter(
+            "recoveries", "Times that the pipeline was lost and came back."
+        )
+        self._replayed_tokens = self._counter(
+            "replayed_tokens", "Tokens whose KV was lost with a stage and had to be computed again."
+        )
+        self._recovery_time = self._histogram(
+            "recovery_seconds",
+            "From noticing that the pipeline was lost until it could work again.",
+            RECOVERY_BUCKETS_S,
+        )
 
     def _define_stages(self) -> None:
         self._stage_busy = self._counter(
@@ -320,6 +338,12 @@ class Metrics:
             self._health.labels(state).set(state == health)
         self._epoch.set(epoch)
         self._in_flight.set(num_in_flight)
+
+    def observe_recovery(self, recovery: Recovery) -> None:
+        """The pipeline was lost, and has come back."""
+        self._recoveries.inc()
+        self._replayed_tokens.inc(recovery.num_replayed_tokens)
+        self._recovery_time.observe(recovery.resumed_s - recovery.lost_s)
 
     def set_stages(self, stages: Sequence[StageStatus]) -> None:
         """What the stages hold now, as they report it."""

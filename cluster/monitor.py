@@ -12,7 +12,8 @@ import time
 from collections import deque
 from dataclasses import dataclass, replace
 
-from tightfit.cluster.engine import DeploymentStatus, Engine
+from tightfit.cluster.deployment_status import DeploymentStatus
+from tightfit.cluster.engine import Engine
 from tightfit.cluster.metrics import Metrics
 
 log = logging.getLogger(__name__)

@@ -108,6 +108,22 @@ class StepTiming:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Recovery:
+    """The pipeline was lost, and came back."""
+
+    epoch: int
+    """That began then."""
+    reason: str
+    """Why it was lost."""
+    lost_s: float
+    """time.monotonic when that was noticed."""
+    resumed_s: float
+    """time.monotonic when micro-batches could be sent again."""
+    num_replayed_tokens: int
+    """Whose KV had been computed, and has to be once more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRecord:
     """A request that has ended: what its metrics, its log line and its trace are made of. No text
     and no token ids."""
@@ -126,6 +142,8 @@ class RequestRecord:
     first_token_s: float | None
     recomputed_s: tuple[float, ...] = ()
     """When one of its sequences went on after it had been computed anew."""
+    recoveries: tuple[Recovery, ...] = ()
+    """Of the pipeline, while it was under way."""
     num_prompt_tokens: int
     num_cached_tokens: int
     """Prompt tokens whose KV came from the prefix cache."""

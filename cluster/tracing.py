@@ -20,7 +20,7 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from tightfit.cluster.request import FinishReason, RequestRecord, StepTiming
+from tightfit.cluster.request import FinishReason, Recovery, RequestRecord, StepTiming
 
 SERVICE = "tightfit.v1.InferenceService"
 PROPAGATED = ("traceparent", "tracestate")
@@ -29,6 +29,7 @@ EXPORT_TIMEOUT_S = 5
 FAILURES = (FinishReason.ERROR, FinishReason.DEADLINE)
 
 Metadata = Iterable[tuple[str, str | bytes]]
+EventAttributes = dict[str, str | int]
 
 
 def otlp_exporter(endpoint: str) -> SpanExporter:
@@ -89,8 +90,8 @@ class Tracing:
         if not span.is_recording():
             return None
         span.set_attributes(self._attributes(record))
-        for name, at_s in _events(record):
-            span.add_event(name, timestamp=clock.unix_ns(at_s))
+        for name, at_s, of_event in _events(record):
+            span.add_event(name, of_event, timestamp=clock.unix_ns(at_s))
         if record.finish_reason in FAILURES:
             span.set_status(Status(StatusCode.ERROR, record.finish_reason.value))
         self._add_steps(span, steps)
@@ -153,13 +154,30 @@ class _Clock:
         return self._offset_ns + round(monotonic_s * 1e9)
 
 
-def _events(record: RequestRecord) -> list[tuple[str, float]]:
+def _events(record: RequestRecord) -> list[tuple[str, float, EventAttributes]]:
     """What happened to a request, with when, in order."""
-    times: list[tuple[str, float | None]] = [
-        ("queue", record.tokenized_s),
-        ("prefill", record.admitted_s),
-        ("decode", record.first_token_s),
-        *(("recomputed", at_s) for at_s in record.recomputed_s),
+    times: list[tuple[str, float | None, EventAttributes]] = [
+        ("queue", record.tokenized_s, {}),
+        ("prefill", record.admitted_s, {}),
+        ("decode", record.first_token_s, {}),
+        *(("recomputed", at_s, {}) for at_s in record.recomputed_s),
+        *(event for recovery in record.recoveries for event in _recovery_events(recovery)),
     ]
-    known = [(name, at_s) for name, at_s in times if at_s is not None]
+    known = [(name, at_s, of_event) for name, at_s, of_event in times if at_s is not None]
     return sorted(known, key=lambda event: event[1])
+
+
+def _recovery_events(recovery: Recovery) -> list[tuple[str, float, EventAttributes]]:
+    """The pipeline's loss, which may be older than the request, and its return."""
+    epoch = {"tightfit.next_epoch": recovery.epoch}
+    return [
+        ("lost", recovery.lost_s, {"tightfit.reason": recovery.reason, **epoch}),
+        (
+            "recovered",
+            recovery.resumed_s,
+            {
+                "tightfit.epoch": recovery.epoch,
+                "tightfit.replayed_tokens": recovery.num_replayed_tokens,
+            },
+        ),
+    ]

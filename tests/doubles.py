@@ -201,10 +201,11 @@ class Simulation:
             self._applied += 1
             self.note(self.scheduler.apply(slices, result, self.now_s))
 
-    def lose_the_stages(self) -> None:
-        """All KV and all that is in flight is gone; fresh stages take over."""
+    def lose_the_stages(self, num_blocks: int | None = None) -> None:
+        """All KV and all that is in flight is gone; fresh stages take over, with so many blocks."""
+        self.note(self.scheduler.reset_in_flight(num_blocks))
+        self.config = self.scheduler.config
         self._start_stages()
-        self.scheduler.reset_in_flight()
 
     def step(self) -> bool:
         """Fill the pipeline and take one result; False: nothing was in flight."""
@@ -249,15 +250,27 @@ class FakeChain:
     """A `StageChain` of `ModelStages`, answering in order; may be paused, failed or made slow."""
 
     def __init__(self, stages: ModelStages, *, delay_s: float = 0.0) -> None:
-        self._stages, self._delay_s = stages, delay_s
+        self._stages: ModelStages | None = stages
+        self._delay_s = delay_s
         self._results: deque[StepResult] = deque()
         self._ready = threading.Condition()
         self._woken = False
         self.paused = False
         self.fail_with: str | None = None
+        self.deadly_token: int | None = None
+
+    def replace(self, stages: ModelStages | None) -> None:
+        """Other stages from now on; None: there are none, and what is sent is lost."""
+        with self._ready:
+            self._stages, self.fail_with = stages, None
+            self._results.clear()
 
     def send(self, batch: MicroBatch) -> None:
         with self._ready:
+            if any(self.deadly_token in part.token_ids for part in batch.slices):
+                self.fail_with = "stage 1: a deadly token"
+            if self._stages is None:
+                return
             if self.fail_with is not None:
                 result = StepResult(epoch=batch.epoch, step=batch.step, error=self.fail_with)
             else:

@@ -14,11 +14,11 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.processors import TemplateProcessing
 
-from tightfit.cluster.engine import DeploymentStatus, ModelInfo
+from tightfit.cluster.deployment_status import DeploymentStatus, ModelInfo
 from tightfit.cluster.errors import InvalidRequestError, OverloadedError, UnavailableError
 from tightfit.cluster.gateway.server import GatewayServer
 from tightfit.cluster.metrics import Metrics
-from tightfit.cluster.request import FinishReason, TokenEvent
+from tightfit.cluster.request import FinishReason, Recovery, TokenEvent
 from tightfit.cluster.scheduling.config import SchedulerCounts
 from tightfit.cluster.tokenizer import Tokenizer
 from tightfit.workers.api import StageMemory, StageStatus
@@ -76,7 +76,7 @@ class FakeStream:
         self.queue = asyncio.Queue()
         self.unfinished = request.sampling.n
         self.ended = [False] * request.sampling.n
-        self.steps = []
+        self.steps, self.recoveries = [], []
 
     def push(self, event):
         self.queue.put_nowait(event)
@@ -111,6 +111,7 @@ class FakeEngine:
         burst: tokens handed out at once.
         reply: (index) → token ids.
         stalled: no tokens come until it is cleared.
+        recovering: why the pipeline is lost; no tokens come until `recover`.
         error: set: every request ends with ERROR and this after `error_after` tokens.
         overloaded: set: submit refuses, with this many seconds until another try.
         crash: set: submit raises it, as a bug would.
@@ -125,6 +126,8 @@ class FakeEngine:
         self.delay_s, self.burst = 0.0, 1
         self.reply = reply_ids
         self.stalled = False
+        self.recovering, self.lost_s = "", 0.0
+        self.num_recoveries = 0
         self.error, self.error_after = "", 3
         self.overloaded = None
         self.crash = None
@@ -165,7 +168,7 @@ class FakeEngine:
         room = CONTEXT - len(request.prompt_token_ids)
         last = min(request.sampling.max_tokens, room) - 1
         for offset in range(resumed, last + 1):
-            while self.stalled:
+            while self.stalled or self.recovering:
                 await asyncio.sleep(0.005)
             if offset % self.burst == 0:
                 await asyncio.sleep(self.delay_s)
@@ -205,7 +208,7 @@ class FakeEngine:
         )
 
     async def _score(self, stream):
-        while self.stalled:
+        while self.stalled or self.recovering:
             await asyncio.sleep(0.005)
         await asyncio.sleep(self.delay_s)
         ids = stream.request.prompt_token_ids
@@ -248,6 +251,22 @@ class FakeEngine:
             )
         )
 
+    def lose(self, reason):
+        self.recovering, self.lost_s = reason, time.monotonic()
+
+    def recover(self, num_replayed_tokens=0):
+        self.num_recoveries += 1
+        recovery = Recovery(
+            epoch=1 + self.num_recoveries,
+            reason=self.recovering,
+            lost_s=self.lost_s,
+            resumed_s=time.monotonic(),
+            num_replayed_tokens=num_replayed_tokens,
+        )
+        for stream in self._streams.values():
+            stream.recoveries.append(recovery)
+        self.recovering = ""
+
     def drain(self):
         self.is_draining = True
 
@@ -256,9 +275,15 @@ class FakeEngine:
         return len(self._streams)
 
     @property
+    def needs_restart(self):
+        return self.health in ("failed", "stalled")
+
+    @property
     def health(self):
         if self.failure:
             return "failed"
+        if self.recovering:
+            return "recovering"
         if self.stalled:
             return "stalled"
         if self.is_draining:
@@ -284,18 +309,20 @@ class FakeEngine:
             num_generated_tokens=4, num_cached_tokens=1,
         )  # fmt: skip
         return DeploymentStatus(
-            model=self.model_info, health=self.health, reason=self.failure, epoch=1,
-            num_in_flight=1, counts=counts, stages=stages,
+            model=self.model_info, health=self.health, reason=self.failure or self.recovering,
+            epoch=1 + self.num_recoveries, num_in_flight=1, counts=counts, stages=stages,
+            num_recoveries=self.num_recoveries,
         )  # fmt: skip
 
 
 class Gateway:
     """A running gateway on a fake engine."""
 
-    def __init__(self, engine, tokenizer, security=None):
+    def __init__(self, engine, tokenizer, security=None, tracer=None):
         self.engine = engine
         self.registry = CollectorRegistry()
-        self.server = GatewayServer(engine, tokenizer, Metrics(self.registry), security)
+        metrics = Metrics(self.registry)
+        self.server = GatewayServer(engine, tokenizer, metrics, security, tracer=tracer)
         self.target = ""
 
     def counted(self, name, **labels):
@@ -304,15 +331,15 @@ class Gateway:
 
 
 @asynccontextmanager
-async def serving(engine=None, tokenizer=None, security=None):
+async def serving(engine=None, tokenizer=None, security=None, tracer=None):
     """A gateway in this event loop."""
-    gateway = Gateway(engine or FakeEngine(), tokenizer or byte_tokenizer(), security)
+    gateway = Gateway(engine or FakeEngine(), tokenizer or byte_tokenizer(), security, tracer)
     port = await gateway.server.start()
     gateway.target = f"127.0.0.1:{port}"
     try:
         yield gateway
     finally:
-        gateway.engine.stalled = False
+        gateway.engine.stalled, gateway.engine.recovering = False, ""
         await gateway.server.stop()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 
-from tightfit.cluster.engine import DeploymentStatus, ModelInfo
+from tightfit.cluster.deployment_status import DeploymentStatus, ModelInfo
 from tightfit.cluster.monitor import Sample
 from tightfit.cluster.scheduling.config import SchedulerCounts
 from tightfit.workers.api import StageMemory, StageStatus
@@ -25,6 +25,9 @@ class MadeUp:
         self.num_waiting = 9
         self.weight_error = 0.0004
         self.is_known = True
+        self.outages: list[tuple[float, float]] = []
+        """From when to when the pipeline was lost, in seconds since the start, which was 180 s
+        before; samples that old are two seconds apart, at even seconds."""
         self._started_s = time.monotonic() - 180
 
     def watch(self) -> tuple[Sample, ...]:
@@ -35,14 +38,18 @@ class MadeUp:
         return tuple(Sample(at_s=at, status=self._status(at - self._started_s)) for at in times)
 
     def _status(self, at_s: float) -> DeploymentStatus:
+        is_lost = any(lost_s <= at_s < over_s for lost_s, over_s in self.outages)
+        num_recoveries = sum(over_s <= at_s for _, over_s in self.outages)
         return DeploymentStatus(
             model=ModelInfo(
                 name=self.model, family="opt", num_layers=LAYERS, vocab_size=50272,
                 max_context_tokens=2048, weight_format="int4", eos_token_ids=frozenset({2}),
                 num_stages=self.num_stages,
             ),
-            health=self.health, reason=self.reason, epoch=1, num_in_flight=self.num_stages,
-            counts=self._counts(at_s),
+            health="recovering" if is_lost else self.health,
+            reason="stage 1's process ended" if is_lost else self.reason,
+            epoch=1 + num_recoveries, num_recoveries=num_recoveries,
+            num_in_flight=self.num_stages, counts=self._counts(at_s),
             stages=tuple(self._stage(index, at_s) for index in range(self.num_stages)),
         )  # fmt: skip
 

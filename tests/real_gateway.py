@@ -15,12 +15,14 @@ from prometheus_client import CollectorRegistry
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from tightfit.cluster.engine import Engine, ModelInfo
+from tightfit.cluster.deployment_status import ModelInfo
+from tightfit.cluster.engine import Engine
 from tightfit.cluster.gateway.server import GatewayServer
 from tightfit.cluster.gateway.watch import Tracer
 from tightfit.cluster.metrics import Metrics
 from tightfit.cluster.pipeline import Pipeline
 from tightfit.cluster.scheduling.batching import Scheduler, SchedulerConfig
+from tightfit.cluster.supervisor import FIRST_EPOCH
 from tightfit.cluster.tokenizer import Tokenizer
 from tightfit.v1 import cluster_pb2_grpc, inference_pb2_grpc
 from tightfit.workers.api import SampledToken, SamplingSpec
@@ -94,8 +96,8 @@ def expected(
 class SampledStages(ModelStages):
     """Modelled stages that follow temperature, seed, bans and logprobs."""
 
-    def __init__(self) -> None:
-        super().__init__(num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, vocab_size=VOCAB)
+    def __init__(self, num_blocks: int = NUM_BLOCKS) -> None:
+        super().__init__(num_blocks=num_blocks, block_size=BLOCK_SIZE, vocab_size=VOCAB)
 
     def sampled(self, sequence_id: int, digest: bytes, spec: SamplingSpec) -> SampledToken:
         token = draw(digest, spec)
@@ -142,6 +144,7 @@ class RealGateway:
             eos_token_ids=frozenset({EOS}), num_stages=2,
         )  # fmt: skip
         pipeline = Pipeline(self.chain, max_in_flight=2)
+        pipeline.begin_epoch(FIRST_EPOCH)
         self.engine = Engine(
             self.scheduler,
             pipeline,
@@ -149,8 +152,14 @@ class RealGateway:
             metrics=metrics,
             num_traced_steps=num_traced_steps,
         )
+        self._pipeline = pipeline
         self.server = GatewayServer(self.engine, self.tokenizer, metrics, tracer=tracer)
         self.target = ""
+
+    @property
+    def epoch(self) -> int:
+        """That the pipeline is in."""
+        return self._pipeline.epoch
 
     @property
     def num_blocks_used(self) -> int:

@@ -24,7 +24,8 @@ class Script(inference_pb2_grpc.InferenceServiceServicer, cluster_pb2_grpc.Clust
     def __init__(self):
         self.requests = []
         self.failure = None
-        self.health = cluster_pb2.HEALTH_IDLE
+        self.health, self.reason = cluster_pb2.HEALTH_IDLE, ""
+        self.num_recoveries = 0
 
     def GenerateStream(self, request, context):
         self.requests.append(request)
@@ -63,8 +64,9 @@ class Script(inference_pb2_grpc.InferenceServiceServicer, cluster_pb2_grpc.Clust
         return cluster_pb2.GetStatusResponse(
             model="tiny",
             health=self.health,
-            reason="stage 1 [gone]" if self.health == cluster_pb2.HEALTH_FAILED else "",
-            epoch=1,
+            reason=self.reason,
+            epoch=1 + self.num_recoveries,
+            num_recoveries=self.num_recoveries,
             stages=[
                 cluster_pb2.Stage(index=0, end_layer=15, format="int8", device="cpu", pid=11,
                                   busy_share=0.5, memory=memory),
@@ -230,9 +232,26 @@ def test_status_as_json_has_numbers_as_numbers_and_states_as_words(target, capsy
 
 
 def test_status_of_a_failed_service_exits_with_1_and_the_reason_as_it_is(script, target, capsys):
-    script.health = cluster_pb2.HEALTH_FAILED
+    script.health, script.reason = cluster_pb2.HEALTH_FAILED, "stage 1 [gone]"
     assert cli.main(["status", *target]) == 1
     assert "tiny: failed (stage 1 [gone])" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(0, "epoch 1\n"), (1, "epoch 2, 1 recovery\n"), (2, "epoch 3, 2 recoveries\n")],
+)
+def test_status_of_a_service_that_recovers_has_the_reason_and_how_often_it_did_before(
+    script, target, capsys, number, said
+):
+    script.health, script.reason = cluster_pb2.HEALTH_RECOVERING, "stage 1 [gone]"
+    script.num_recoveries = number
+    assert cli.main(["status", *target]) == 0
+    assert f"tiny: recovering (stage 1 [gone]), {said}" in capsys.readouterr().out
+    assert cli.main(["status", *target, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["health"], answer["reason"]) == ("recovering", "stage 1 [gone]")
+    assert (answer["num_recoveries"], answer["epoch"]) == (number, 1 + number)
 
 
 def test_drain_says_how_many_requests_are_unfinished(target, capsys):

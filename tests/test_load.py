@@ -8,7 +8,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from tightfit.client import AsyncClient
 from tightfit.client.load import Load, Outcome, arrivals, percentile, run, summary
-from tightfit.cluster.engine import Engine, ModelInfo
+from tightfit.cluster.deployment_status import ModelInfo
+from tightfit.cluster.engine import Engine
 from tightfit.cluster.gateway.server import GatewayServer
 from tightfit.cluster.metrics import Metrics
 from tightfit.cluster.pipeline import Pipeline

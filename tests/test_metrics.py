@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tightfit.cluster.metrics import HEALTH_STATES, Metrics, MetricsServer
-from tightfit.cluster.request import FinishReason, RequestRecord
+from tightfit.cluster.request import FinishReason, Recovery, RequestRecord
 from tightfit.cluster.scheduling.batching import SchedulerCounts
 from tightfit.workers.api import StageMemory, StageStatus
 
@@ -59,6 +59,9 @@ def test_every_series_of_a_fixed_set_exists_before_anything_happened(registry):
     assert value(registry, "requests_total", finished_reason="deadline") == 0
     assert value(registry, "stage_busy_seconds_total", stage="1") == 0
     assert value(registry, "time_to_first_token_seconds_count") == 0
+    assert value(registry, "health_state", state="recovering") == 0
+    for name in ("recoveries_total", "replayed_tokens_total", "recovery_seconds_count"):
+        assert value(registry, name) == 0
 
 
 def test_overhead_is_wall_time_less_the_forwards_and_shared_among_stages(registry):
@@ -142,6 +145,22 @@ def test_a_request_that_never_ran_has_neither_prefill_nor_decode(registry):
     assert value(registry, "requests_total", finished_reason="deadline") == 1
     assert value(registry, "request_prefill_time_seconds_count") == 0
     assert value(registry, "request_decode_time_seconds_count") == 0
+
+
+def test_a_recovery_counts_with_its_time_and_what_had_to_be_computed_again(registry):
+    metrics = Metrics(registry)
+    for epoch, took_s, num_tokens in ((2, 12.5, 300), (3, 0.75, 0)):
+        metrics.observe_recovery(
+            Recovery(epoch=epoch, reason="stage 1's process ended", lost_s=100.0 * epoch,
+                     resumed_s=100.0 * epoch + took_s, num_replayed_tokens=num_tokens)
+        )  # fmt: skip
+    assert value(registry, "recoveries_total") == 2
+    assert value(registry, "replayed_tokens_total") == 300
+    assert value(registry, "recovery_seconds_sum") == pytest.approx(13.25)
+    shares = {
+        le: value(registry, "recovery_seconds_bucket", le=le) for le in ("0.5", "1.0", "20.0")
+    }
+    assert shares == {"0.5": 0, "1.0": 1, "20.0": 2}
 
 
 def test_the_health_is_one_of_a_fixed_set_of_states(registry):

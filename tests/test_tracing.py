@@ -8,18 +8,18 @@ from itertools import pairwise
 
 import grpc
 import pytest
-from fake_engine import in_loop, until
+from fake_engine import FakeEngine, connected, in_loop, serving, until
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 from otlp_receiver import Receiver
-from real_gateway import real_gateway
+from real_gateway import SampledStages, real_gateway
 from served import wait_for
 
 from tightfit.client import AsyncClient, Client
 from tightfit.cluster.config import serve_config
 from tightfit.cluster.errors import ConfigError
 from tightfit.cluster.tracing import Tracing, otlp_exporter
-from tightfit.v1 import inference_pb2
+from tightfit.v1 import inference_pb2, inference_pb2_grpc
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
@@ -51,9 +51,13 @@ async def test_a_request_is_one_span_with_its_way_through_queue_prefill_and_deco
     traced = Traced()
     before_ns = time.time_ns()
     async with real_gateway(tracer=traced.tracing, delay_s=0.005) as (_, stubs):
-        await stubs.inference.Generate(wanted(request_id="r-1"))
+        stream = stubs.inference.GenerateStream(wanted(request_id="r-1"))
+        await anext(aiter(stream))
+        first_token_ns = time.time_ns()
+        async for _ in stream:
+            pass
     (span,) = traced.spans()
-    assert span.name == "tightfit.v1.InferenceService/Generate"
+    assert span.name == "tightfit.v1.InferenceService/GenerateStream"
     assert span.kind is SpanKind.SERVER
     assert span.status.status_code is StatusCode.UNSET
     assert names(span) == ["queue", "prefill", "decode"]
@@ -61,7 +65,7 @@ async def test_a_request_is_one_span_with_its_way_through_queue_prefill_and_deco
     assert moments == sorted(moments)
     assert before_ns < moments[0]
     assert moments[-1] < time.time_ns()
-    assert span.end_time - span.events[2].timestamp >= 5 * 5_000_000  # five more tokens
+    assert span.events[2].timestamp < first_token_ns
     attributes = dict(span.attributes)
     assert attributes["tightfit.request_id"] == "r-1"
     assert attributes["gen_ai.usage.output_tokens"] == 6
@@ -135,6 +139,66 @@ async def test_a_request_that_lost_its_blocks_says_when_it_went_on():
     recomputed = [name for span in traced.spans() for name in names(span) if name == "recomputed"]
     assert preempted >= 1
     assert 1 <= len(recomputed) <= preempted
+
+
+@pytest.mark.parametrize("end", ["length", "cancelled"])
+@in_loop
+async def test_a_request_that_lived_through_recoveries_has_each_loss_and_return_in_its_span(end):
+    traced, engine = Traced(), FakeEngine()
+    engine.delay_s = 0.005
+    async with serving(engine, tracer=traced.tracing) as gateway, connected(gateway) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        call = stub.GenerateStream(wanted(300))
+        chunks = aiter(call)
+        await anext(chunks)
+        for reason, num_tokens in (("stage 1's process ended", 12), ("stage 0 is gone", 34)):
+            engine.lose(reason)
+            await asyncio.sleep(0.05)
+            engine.recover(num_replayed_tokens=num_tokens)
+            await asyncio.sleep(0.01)
+        engine.delay_s = 0.0 if end == "length" else 1.0
+        if end == "cancelled":
+            call.cancel()
+            assert await until(lambda: engine.num_unfinished == 0)
+        else:
+            async for _ in chunks:
+                pass
+    (span,) = traced.spans()
+    assert span.attributes["gen_ai.response.finish_reasons"] == (end,)
+    assert names(span)[-4:] == ["lost", "recovered", "lost", "recovered"]
+    lost, recovered, lost_again, recovered_again = span.events[-4:]
+    assert dict(lost.attributes) == {
+        "tightfit.reason": "stage 1's process ended", "tightfit.next_epoch": 2,
+    }  # fmt: skip
+    assert dict(recovered.attributes) == {"tightfit.epoch": 2, "tightfit.replayed_tokens": 12}
+    assert lost_again.attributes["tightfit.reason"] == "stage 0 is gone"
+    assert recovered_again.attributes["tightfit.replayed_tokens"] == 34
+    assert recovered.timestamp - lost.timestamp >= 50_000_000
+    assert span.start_time < lost.timestamp
+    assert recovered_again.timestamp < span.end_time
+
+
+@in_loop
+async def test_the_trace_of_a_recovery_says_the_same_as_its_metrics():
+    traced = Traced()
+    async with real_gateway(tracer=traced.tracing, delay_s=0.005) as (gateway, stubs):
+        chunks = aiter(stubs.inference.GenerateStream(wanted(40)))
+        await anext(chunks)
+        gateway.chain.replace(None)
+        gateway.engine.suspend("stage 1 is gone")
+        assert await asyncio.to_thread(gateway.engine.wait_parked, 20)
+        gateway.chain.replace(SampledStages())
+        gateway.engine.resume(gateway.epoch + 1)
+        async for _ in chunks:
+            pass
+        num_replayed = gateway.counted("replayed_tokens_total")
+        took_s = gateway.counted("recovery_seconds_sum")
+    (span,) = traced.spans()
+    assert names(span) == ["queue", "prefill", "decode", "lost", "recovered", "recomputed"]
+    _, _, _, lost, recovered, _ = span.events
+    assert lost.attributes["tightfit.reason"] == "stage 1 is gone"
+    assert recovered.attributes["tightfit.replayed_tokens"] == num_replayed > 0
+    assert (recovered.timestamp - lost.timestamp) / 1e9 == pytest.approx(took_s, abs=1e-6)
 
 
 @in_loop

@@ -10,7 +10,7 @@ import re
 import secrets
 from collections.abc import Iterable, Sequence
 
-from tightfit.cluster.engine import DeploymentStatus, ModelInfo
+from tightfit.cluster.deployment_status import DeploymentStatus, ModelInfo
 from tightfit.cluster.errors import InvalidRequestError, ModelNotFoundError
 from tightfit.cluster.request import FinishReason, SamplingParams, TokenEvent
 from tightfit.v1 import cluster_pb2, common_pb2, inference_pb2
@@ -41,6 +41,7 @@ HEALTH = {
     "stalled": cluster_pb2.HEALTH_STALLED,
     "failed": cluster_pb2.HEALTH_FAILED,
     "draining": cluster_pb2.HEALTH_DRAINING,
+    "recovering": cluster_pb2.HEALTH_RECOVERING,
 }
 
 
@@ -294,6 +295,7 @@ def status_response(status: DeploymentStatus) -> cluster_pb2.GetStatusResponse:
             micro_batches_in_flight=status.num_in_flight,
         ),
         better_plan=status.better_plan,
+        num_recoveries=status.num_recoveries,
     )
 
 

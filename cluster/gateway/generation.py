@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
-from tightfit.cluster.engine import RequestStream
 from tightfit.cluster.errors import CancelledError, DeadlineError, UnavailableError
 from tightfit.cluster.gateway import convert
 from tightfit.cluster.gateway.watch import RequestWatch
 from tightfit.cluster.request import FinishReason, Request, TokenEvent
+from tightfit.cluster.request_stream import RequestStream
 from tightfit.cluster.text_stream import TextStream
 from tightfit.v1 import common_pb2, inference_pb2
 

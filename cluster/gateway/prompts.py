@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from tightfit.cluster.chat import ChatTemplate
-from tightfit.cluster.engine import ModelInfo
+from tightfit.cluster.deployment_status import ModelInfo
 from tightfit.cluster.errors import InvalidRequestError
 from tightfit.cluster.gateway import convert
 from tightfit.cluster.gateway.status import Context

@@ -171,7 +171,7 @@ class GatewayServer:
         state = status.SERVING if serving else status.NOT_SERVING
         for service in ("", INFERENCE):
             await self._health.set(service, state)
-        lost = self._engine.health in ("failed", "stalled")
-        await self._health.set(LIVENESS, status.NOT_SERVING if lost else status.SERVING)
+        live = status.NOT_SERVING if self._engine.needs_restart else status.SERVING
+        await self._health.set(LIVENESS, live)
         # The cluster's state can be asked even when nothing is served.
         await self._health.set(CLUSTER, status.SERVING)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
-from tightfit.cluster.engine import Engine, RequestStream
+from tightfit.cluster.engine import Engine
 from tightfit.cluster.errors import TightfitError
 from tightfit.cluster.gateway import convert
 from tightfit.cluster.gateway.generation import Chunk, Generation, joined, raise_failure
@@ -14,6 +14,7 @@ from tightfit.cluster.gateway.status import Context, stream, unary
 from tightfit.cluster.gateway.watch import RequestWatch, Tracer
 from tightfit.cluster.metrics import Metrics
 from tightfit.cluster.request import FinishReason, Request
+from tightfit.cluster.request_stream import RequestStream
 from tightfit.cluster.security.caller import charge
 from tightfit.cluster.tokenizer import Tokenizer
 from tightfit.v1 import inference_pb2, inference_pb2_grpc
@@ -88,7 +89,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     logprobs=event.scores,
                 )
             finally:
-                watch.ended(reason or leaving.reason, events.steps)
+                watch.ended(reason or leaving.reason, events.steps, events.recoveries)
 
         return await unary(context, work)
 
@@ -146,7 +147,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 charge(len(chunk.token_ids))
                 yield chunk
         finally:
-            watch.ended(generation.reason or leaving.reason, events.steps)
+            watch.ended(generation.reason or leaving.reason, events.steps, events.recoveries)
 
     def _watch(self, method: str, context: Context) -> RequestWatch:
         metadata = context.invocation_metadata() or ()

@@ -13,7 +13,14 @@ from dataclasses import replace
 from typing import Protocol
 
 from tightfit.cluster.metrics import Metrics
-from tightfit.cluster.request import FinishReason, Request, RequestRecord, StepTiming, TokenEvent
+from tightfit.cluster.request import (
+    FinishReason,
+    Recovery,
+    Request,
+    RequestRecord,
+    StepTiming,
+    TokenEvent,
+)
 from tightfit.cluster.security.caller import current_caller
 
 log = logging.getLogger("tightfit.request")
@@ -108,8 +115,19 @@ class RequestWatch:
         fields = {"method": self._method, "status": status, "client": _client()}
         log.info("refused", extra={name: value for name, value in fields.items() if value})
 
-    def ended(self, reason: FinishReason, steps: Sequence[StepTiming]) -> None:
-        """It was queued, and has ended; `steps`: those to show in its trace."""
+    def ended(
+        self,
+        reason: FinishReason,
+        steps: Sequence[StepTiming],
+        recoveries: Sequence[Recovery],
+    ) -> None:
+        """It was queued, and has ended.
+
+        Args:
+            reason: why.
+            steps: those to show in its trace.
+            recoveries: of the pipeline, while it was under way.
+        """
         request = self._request
         assert request is not None, "only what was queued can end"
         queued_s = self._queued_s
@@ -127,6 +145,7 @@ class RequestWatch:
             num_generated_tokens=self._num_generated,
             num_sequences=request.sampling.n,
             recomputed_s=tuple(self._recomputed_s),
+            recoveries=tuple(recoveries),
             client=_client(),
         )
         if self._tracer is not None:
@@ -156,6 +175,7 @@ def log_fields(record: RequestRecord) -> dict[str, object]:
         "ttft_s": _rounded(record.ttft_s),
         "duration_s": _rounded(record.duration_s),
         "recomputed": len(record.recomputed_s) or None,
+        "recoveries": len(record.recoveries) or None,
         "client": record.client,
         "trace_id": record.trace_id,
     }

@@ -3,7 +3,7 @@
 // Asks for live.json once a second and draws it. Text is only ever set as text: nothing that comes
 // from the service is read as HTML.
 
-const POLL_MS = 1000, STALE_S = 4, SPARK_S = 180, MAX_DOTS = 40, DENSE = 8, LINK_Y = 40;
+const POLL_MS = 1000, STALE_S = 4, SPARK_S = 180, MAX_DOTS = 40, DENSE = 8, LINK_Y = 40, MAX_OUTAGES = 4;
 const SVG = "http://www.w3.org/2000/svg";
 const find = (id) => document.getElementById(id);
 let drawn = "";          // which stages the cells were made for
@@ -48,6 +48,8 @@ function outOf(part, whole) {
 
 const count = (n) => Math.round(n).toLocaleString("en");
 const rate = (n) => n >= 100 ? count(n) : n.toFixed(1);
+const many = (n, one, more) => `${count(n)} ${n === 1 ? one : more}`;
+const span = (seconds) => seconds < 120 ? many(Math.max(1, seconds), "second", "seconds") : `${count(seconds / 60)} minutes`;
 const percent = (share) => `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
 
 // -- tiles --------------------------------------------------------------------------------------
@@ -59,7 +61,7 @@ function tile(title, ...rest) {
 
 function spark() {
   return draw("svg", { class: "spark", viewBox: `0 0 ${SPARK_S} 30`, preserveAspectRatio: "none" },
-    draw("path", { class: "area" }), draw("path", {}), draw("path", { class: "second" }));
+    draw("path", { class: "area" }), draw("path", {}), draw("path", { class: "second" }), draw("g"));
 }
 
 function curve(rows, column, top) {
@@ -67,8 +69,8 @@ function curve(rows, column, top) {
     .map((row) => `${(SPARK_S - row[0]).toFixed(1)},${(29 - 27 * row[column] / top).toFixed(2)}`);
 }
 
-function drawSpark(element, rows, first, second) {
-  const [area, line, other] = element.children;
+function drawSpark(element, { history: rows, outages }, first, second) {
+  const [area, line, other, lost] = element.children;
   const top = Math.max(1, ...rows.map((row) => Math.max(row[first], second ? row[second] : 0)));
   const points = curve(rows, first, top);
   const whole = points.length ? `M${points.join("L")}` : "";
@@ -78,6 +80,11 @@ function drawSpark(element, rows, first, second) {
     area.setAttribute("d", `${whole}L${to},30L${from},30Z`);
   }
   if (second) other.setAttribute("d", points.length ? `M${curve(rows, second, top).join("L")}` : "");
+  const isShown = (outage) => outage.ago_s - outage.took_s < SPARK_S;
+  lost.replaceChildren(...outages.filter(isShown).map((outage) => {
+    const began = SPARK_S - outage.ago_s, from = Math.max(0, began);
+    return draw("rect", { x: from, y: 0, width: began + Math.max(1, outage.took_s) - from, height: 30 });
+  }));
 }
 
 const part = (kind) => make("i", kind);
@@ -96,14 +103,14 @@ function per(big, value, unit) {
 }
 
 function drawTiles(live) {
-  const { load, now, history } = live;
+  const { load, now } = live;
   per(generated.big, rate(now.generated_per_s), "per second");
-  drawSpark(generated.element.lastChild, history, 1);
+  drawSpark(generated.element.lastChild, live, 1);
   per(prompts.big, rate(now.prompt_per_s), "per second");
-  drawSpark(prompts.element.lastChild, history, 2);
+  drawSpark(prompts.element.lastChild, live, 2);
   sequences.big.replaceChildren(count(load.running), " ", make("small", "", "running"),
     make("small", "", ` ${count(load.waiting)} waiting`));
-  drawSpark(sequences.element.lastChild, history, 3, 4);
+  drawSpark(sequences.element.lastChild, live, 3, 4);
   const blocks = Math.max(1, load.kv_blocks);
   per(kv.big, percent(load.kv_blocks_used / blocks), "");
   width(kvUsed, load.kv_blocks_used / blocks);
@@ -113,9 +120,26 @@ function drawTiles(live) {
   const share = load.prompt_tokens ? load.cached_tokens / load.prompt_tokens : 0;
   per(prefix.big, percent(share), "of prompts");
   width(prefixShare, share);
-  const recoveries = live.epoch > 1 ? ` · ${count(live.epoch - 1)} recoveries` : "";
-  say(prefixNote, `${count(load.preemptions)} preemptions${recoveries} · `
-    + `${count(load.generated_tokens)} tokens`);
+  say(prefixNote, `${count(load.preemptions)} preemptions · ${count(load.generated_tokens)} tokens`);
+}
+
+// -- losses of the pipeline ---------------------------------------------------------------------
+
+const BOUNDS = { "about": "", "at most": "less than ", "at least": "more than " };
+
+function outageLine(outage) {
+  const at = new Date(1000 * outage.lost_unix_s).toLocaleTimeString("en-GB");
+  const took = `${BOUNDS[outage.bound]}${span(outage.took_s)}`;
+  const line = make("li", outage.is_over ? "" : "open", make("b", "", at),
+    outage.is_over ? `recovered after ${took}` : `lost for ${took}`);
+  if (outage.reason) line.append(` · ${outage.reason}`);
+  return line;
+}
+
+function drawOutages(live) {
+  const latest = live.outages.slice(-MAX_OUTAGES).reverse();
+  find("outages").hidden = !latest.length;
+  find("outages").replaceChildren(...latest.map(outageLine));
 }
 
 // -- the pipeline -------------------------------------------------------------------------------
@@ -279,16 +303,24 @@ function drawPipeline(live) {
   live.stages.forEach((stage, i) => drawStage(cells[i], stage, live, scale));
   drawEnds(live);
   drawLinks();
-  setPace(live.health === "failed" ? 0 : live.now.generated_per_s + live.now.prompt_per_s);
+  setPace(isLost(live) ? 0 : live.now.generated_per_s + live.now.prompt_per_s);
 }
 
 // -- the whole ----------------------------------------------------------------------------------
 
-const MOODS = { ok: "ok", idle: "ok", draining: "warn", stalled: "bad", failed: "bad" };
+const MOODS = { ok: "ok", idle: "ok", draining: "warn", stalled: "bad", recovering: "busy", failed: "bad" };
+const isLost = (live) => live.health === "failed" || live.health === "recovering";
 
-function warn(text) {
+function warn(text, mood) {
   find("banner").hidden = !text;
+  find("banner").className = mood || "";
   say(find("banner"), text);
+}
+
+function warning(live, isStale) {
+  if (live.health === "failed") return `The service has failed: ${live.reason}`;
+  if (live.health === "recovering") return `The service is recovering, and requests wait: ${live.reason}`;
+  return isStale ? `The stages have not answered for ${Math.round(live.age_s)} s.` : "";
 }
 
 function show(live) {
@@ -297,17 +329,18 @@ function show(live) {
   const { model } = live;
   document.title = `${model.name} · Tightfit`;
   say(find("model"), model.name);
-  say(find("facts"), `${model.family} · ${model.layers} layers on ${live.stages.length} `
-    + `${live.stages.length === 1 ? "stage" : "stages"} · ${model.format} · context of ${count(model.context)} tokens`);
+  say(find("facts"), `${model.family} · ${model.layers} layers on `
+    + `${many(live.stages.length, "stage", "stages")} · ${model.format} · context of ${count(model.context)} tokens`);
   const isStale = live.age_s > STALE_S;
   find("health").className = `pill ${MOODS[live.health] || ""}`;
   say(find("health"), live.health);
-  say(find("age"), `epoch ${live.epoch} · ${isStale ? `${Math.round(live.age_s)} s old` : "live"}`);
-  find("main").classList.toggle("stale", isStale || live.health === "failed");
+  const recoveries = live.recoveries ? ` · ${many(live.recoveries, "recovery", "recoveries")}` : "";
+  say(find("age"), `epoch ${live.epoch}${recoveries} · ${isStale ? `${Math.round(live.age_s)} s old` : "live"}`);
+  find("main").classList.toggle("stale", isStale || isLost(live));
   find("main").hidden = false;
-  warn(live.health === "failed" ? `The service has failed: ${live.reason}`
-    : isStale ? `The stages have not answered for ${Math.round(live.age_s)} s.` : "");
+  warn(warning(live, isStale), MOODS[live.health]);
   drawTiles(live);
+  drawOutages(live);
   drawPipeline(live);
 }
 

@@ -174,7 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
                 HTTPStatus.UNAUTHORIZED, "a token is needed", {"WWW-Authenticate": "Bearer"}
             )
         else:
-            shown = snapshot(self.server.monitor.watch(), time.monotonic())
+            shown = snapshot(self.server.monitor.watch(), time.monotonic(), time.time())
             self._answer(HTTPStatus.OK, json.dumps(shown).encode(), "application/json")
 
     def _is_addressed_here(self) -> bool:

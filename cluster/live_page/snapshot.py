@@ -6,10 +6,11 @@ No prompt, no answer, no request's or client's name is in it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from tightfit.cluster.engine import DeploymentStatus
+from tightfit.cluster.deployment_status import DeploymentStatus
 from tightfit.cluster.monitor import Sample
 from tightfit.workers.api import StageStatus
 
@@ -17,14 +18,17 @@ RATE_WINDOW_S = 3.0
 """Rates shown as "now" are means over at least so long, if there are samples for it."""
 NODE_DIGITS = 8
 """Of Ray's node ids, which have 56, as many as tell nodes apart."""
+LOST = ("recovering", "failed")
+"""States in which nothing is served for want of a stage."""
 
 
-def snapshot(samples: Sequence[Sample], now_s: float) -> dict[str, Any]:
+def snapshot(samples: Sequence[Sample], now_s: float, now_unix_s: float) -> dict[str, Any]:
     """The deployment now and its recent past; all of it JSON.
 
     Args:
         samples: oldest first.
         now_s: on `time.monotonic`.
+        now_unix_s: the same moment in Unix time.
     """
     if not samples:
         return {"is_known": False}
@@ -37,6 +41,20 @@ def snapshot(samples: Sequence[Sample], now_s: float) -> dict[str, Any]:
         "health": status.health,
         "reason": status.reason,
         "epoch": status.epoch,
+        "recoveries": status.num_recoveries,
+        "outages": [
+            {
+                "lost_unix_s": round(now_unix_s - now_s + outage.lost_s),
+                "ago_s": round(now_s - outage.lost_s, 1),
+                "took_s": round(
+                    (now_s if outage.over_s is None else outage.over_s) - outage.lost_s
+                ),
+                "is_over": outage.over_s is not None,
+                "bound": outage.bound,
+                "reason": outage.reason,
+            }
+            for outage in _outages(samples)
+        ],
         "model": _model(status),
         "load": {
             "running": counts.num_running,
@@ -75,6 +93,48 @@ def _model(status: DeploymentStatus) -> dict[str, Any]:
         "format": model.weight_format,
         "context": model.max_context_tokens,
     }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outage:
+    """A time without a pipeline, to within the time between two samples."""
+
+    lost_s: float
+    """On `time.monotonic`, as is `over_s`."""
+    over_s: float | None
+    """None: it goes on."""
+    bound: str
+    """Which is its length: "about" that, "at most" or "at least"."""
+    reason: str
+    """Why the pipeline was lost; empty: not known."""
+
+
+def _outages(samples: Sequence[Sample]) -> list[_Outage]:
+    """As far back as samples go, oldest first. Of one that came and went between two samples only
+    the count of recoveries tells."""
+    found: list[_Outage] = []
+    first: Sample | None = None  # of those that saw the one that goes on
+    for before, sample in pairwise((samples[0], *samples)):
+        has_recovered = sample.status.num_recoveries > before.status.num_recoveries
+        is_lost = sample.status.health in LOST
+        if first is not None and (has_recovered or not is_lost):
+            found.append(_outage(first, before, samples[0], over_s=sample.at_s))
+            first = None
+        elif has_recovered:
+            found.append(
+                _Outage(lost_s=before.at_s, over_s=sample.at_s, bound="at most", reason="")
+            )
+        if is_lost and first is None:
+            first = sample
+    if first is not None:
+        found.append(_outage(first, samples[-1], samples[0], over_s=None))
+    return found
+
+
+def _outage(first: Sample, last: Sample, oldest: Sample, *, over_s: float | None) -> _Outage:
+    """The one that the samples from `first` to `last` saw."""
+    bound = "at least" if first is oldest else "about"
+    return _Outage(lost_s=first.at_s, over_s=over_s, bound=bound, reason=last.status.reason)
 
 
 def _rates(before: Sample, after: Sample) -> dict[str, float]:

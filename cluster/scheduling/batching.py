@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable
+from dataclasses import replace
 from operator import attrgetter
 
 from tightfit.cluster.errors import InvalidRequestError
@@ -24,6 +25,9 @@ __all__ = ["Scheduler", "SchedulerConfig", "SchedulerCounts"]
 
 MIN_SHARED_TOKENS = 64
 """Fewer tokens are not divided among stages: a step costs about as much for 1 token as for 16."""
+MAX_LOSSES = 3
+"""A request that was under way so often when the pipeline was lost, without coming further, is not
+tried again: it may be what stages die of."""
 
 by_rank = attrgetter("rank")
 by_turn = attrgetter("last_turn")
@@ -66,6 +70,7 @@ class Scheduler:
         self._arrivals = 0
         self._turn = 0
         self._preemptions = 0
+        self._replayed_tokens = 0
         self._prompt_tokens = 0
         self._generated_tokens = 0
         self._cached_tokens = 0
@@ -407,11 +412,47 @@ class Scheduler:
                 self._blocks.register(sequence.block_table[i], digests[i])
         sequence.num_registered = full
 
-    def reset_in_flight(self) -> None:
-        """The stages' caches are lost: every running sequence is computed again from its tokens."""
+    def reset_in_flight(self, num_blocks: int | None = None) -> list[TokenEvent]:
+        """The stages' caches are lost: every running sequence is computed again from its tokens.
+
+        Args:
+            num_blocks: that there are from now on; default: as many as before.
+        Returns:
+            the ends of those that cannot go on: they were under way at too many losses in a row,
+            of which they may be the cause, or are too long for what there is now.
+        """
         for sequence in list(self._in_order):
+            self._replayed_tokens += sequence.num_applied
+            if sequence.num_scheduled > sequence.num_applied:
+                sequence.note_loss()
             self._step_back(sequence)
-        self._blocks.forget_contents()
+        if num_blocks in (None, self.config.num_blocks):
+            self._blocks.forget_contents()
+        else:
+            self.config = replace(self.config, num_blocks=num_blocks)
+            self._blocks = KVBlocks(num_blocks)
+        return [
+            event
+            for request_id, siblings in list(self._requests.items())
+            for error in [self._why_not_again(siblings)]
+            if error
+            for event in self.cancel(request_id, FinishReason.ERROR, error)
+        ]
+
+    def _why_not_again(self, siblings: list[Sequence]) -> str:
+        """Why a request is not to be computed again; empty: it is."""
+        num_losses = max(sequence.num_losses for sequence in siblings)
+        if num_losses >= MAX_LOSSES:
+            return (
+                f"the pipeline was lost {num_losses} times in a row while it computed this request"
+            )
+        longest, room = max(s.max_length for s in siblings), self.config.max_context
+        if longest > room:
+            return (
+                f"the request may need {longest} tokens of KV cache, which holds {room} since the "
+                "pipeline came back"
+            )
+        return ""
 
     # -- watching ----------------------------------------------------------------------------
 
@@ -426,6 +467,7 @@ class Scheduler:
             num_blocks_used=blocks.num_blocks - blocks.num_available,
             num_blocks_cached=blocks.num_cached,
             num_preemptions=self._preemptions,
+            num_replayed_tokens=self._replayed_tokens,
             num_prompt_tokens=self._prompt_tokens,
             num_generated_tokens=self._generated_tokens,
             num_cached_tokens=self._cached_tokens,

@@ -55,6 +55,8 @@ class SchedulerCounts:
     """Nobody's, kept for a prompt that begins alike."""
     num_preemptions: int
     """For want of blocks, since the start."""
+    num_replayed_tokens: int = 0
+    """Whose KV was lost with a stage after it had been computed, since the start."""
     num_prompt_tokens: int
     """Computed or taken from the cache, since the start."""
     num_generated_tokens: int

@@ -29,8 +29,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "_base", "_digests", "_has_penalty", "added_s", "block_table", "end_ids", "index",
-        "last_turn", "max_length", "num_applied", "num_cached", "num_prompt",
+        "_base", "_digests", "_has_penalty", "_lost_at", "added_s", "block_table", "end_ids",
+        "index", "last_turn", "max_length", "num_applied", "num_cached", "num_losses", "num_prompt",
         "num_registered", "num_restarts", "num_scheduled", "queued_s", "rank", "request",
         "scores", "sequence_id", "tokens", "was_admitted",
     )  # fmt: skip
@@ -70,6 +70,10 @@ class Sequence:
         self.queued_s: float | None = None
         """Seconds that it waited until then."""
         self.num_restarts = 0
+        self.num_losses = 0
+        """How often the pipeline was lost while a step of it was under way, and it had not come
+        further than the time before."""
+        self._lost_at = 0
         self.last_turn = 0
         """Number of the micro-batch that it was last in."""
         self._has_penalty = (
@@ -131,6 +135,12 @@ class Sequence:
             parent = self._digests[-1] if self._digests else b""
             self._digests.append(block_digest(parent, self.tokens[first : first + block_size]))
         return self._digests[:num_blocks]
+
+    def note_loss(self) -> None:
+        """The pipeline was lost while a step of this sequence was under way."""
+        if self.num_applied > self._lost_at:
+            self._lost_at, self.num_losses = self.num_applied, 0
+        self.num_losses += 1
 
     def restart(self, sequence_id: int) -> None:
         """Compute everything anew under a new id, so that results under way are not mistaken for

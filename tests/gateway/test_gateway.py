@@ -96,7 +96,12 @@ async def test_many_streams_at_once_each_get_their_own_tokens():
 async def test_answers_stay_the_same_when_kv_blocks_run_out():
     prompts = [[2 + i] * 30 for i in range(8)]
     async with real_gateway(num_blocks=40) as (gateway, stubs):
-        calls = (collect(stubs, ask(prompt, max_tokens=60)) for prompt in prompts)
+        gateway.chain.paused = True  # until all are there
+        calls = [
+            asyncio.create_task(collect(stubs, ask(prompt, max_tokens=60))) for prompt in prompts
+        ]
+        assert await until(lambda: gateway.engine.num_unfinished == len(calls))
+        gateway.chain.resume()
         for prompt, chunks in zip(prompts, await asyncio.gather(*calls), strict=True):
             assert joined(chunks)[1] == expected(prompt, 60)
         assert gateway.engine.status().counts.num_preemptions > 0

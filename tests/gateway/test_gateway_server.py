@@ -58,6 +58,28 @@ async def test_health_follows_the_engine_and_the_cluster_can_always_be_asked():
 
 
 @in_loop
+async def test_while_it_recovers_it_is_not_ready_but_alive_and_says_why():
+    async with serving() as gateway, connected(gateway) as channel:
+        cluster = cluster_pb2_grpc.ClusterServiceStub(channel)
+        stub = health_pb2_grpc.HealthStub(channel)
+        seen = aiter(stub.Watch(health_pb2.HealthCheckRequest(service=INFERENCE)))
+        assert (await anext(seen)).status == SERVING
+        gateway.engine.lose("stage 1's process ended")
+        assert (await anext(seen)).status == NOT_SERVING
+        assert await health(channel) == NOT_SERVING
+        assert await health(channel, "liveness") == SERVING  # a restart would lose what waits
+        assert await health(channel, CLUSTER) == SERVING
+        status = await cluster.GetStatus(cluster_pb2.GetStatusRequest())
+        assert status.health == cluster_pb2.HEALTH_RECOVERING
+        assert (status.reason, status.num_recoveries) == ("stage 1's process ended", 0)
+        gateway.engine.recover()
+        assert (await anext(seen)).status == SERVING
+        status = await cluster.GetStatus(cluster_pb2.GetStatusRequest())
+        assert status.health == cluster_pb2.HEALTH_IDLE
+        assert (status.reason, status.num_recoveries, status.epoch) == ("", 1, 2)
+
+
+@in_loop
 async def test_reflection_lists_the_services_and_gives_their_files():
     requests = [
         reflection_pb2.ServerReflectionRequest(list_services=""),

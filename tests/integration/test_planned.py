@@ -64,6 +64,37 @@ def test_stages_are_on_the_nodes_of_the_plan_and_a_lost_node_is_named(model, tmp
     assert answer["left"] == []
 
 
+def test_a_stage_moves_to_another_node_and_waits_for_one_where_there_is_none(
+    model, tmp_path, capsys
+):
+    plan = plan_file(model, tmp_path, capsys, "--formats", "fp32", "--pin", "b:0=0-3,a:0=4-4")
+    done = subprocess.run(
+        [
+            sys.executable, str(TESTS.parent / "tools" / "loopback.py"), sys.executable,
+            str(TESTS / "integration" / "moving_script.py"), str(model.path), str(plan), "20",
+            "200",
+        ],
+        capture_output=True, text=True, timeout=400, check=False,
+        env={**os.environ, "PYTHONSAFEPATH": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    expected = model.greedy(list(range(20)), 200)
+    before, after, at_last = answer["before"], answer["after"], answer["at_last"]
+    assert [stage[:2] for stage in before] == [["b", "b:0"], ["a", "a:0"]]
+    assert answer["moved"]["met"]
+    assert (answer["moved"]["error"], answer["moved"]["tokens"]) == ("", expected)
+    assert [stage[:2] for stage in after] == [["c", "c:0"], ["a", "a:0"]]
+    lost = answer["lost"]
+    assert lost["met"]
+    assert "the device of stage 0, c:0, is gone, and no other cpu has" in lost["error"]
+    assert lost["tokens"] == expected[: len(lost["tokens"])]
+    assert (answer["again"]["error"], answer["again"]["tokens"]) == ("", expected)
+    assert [stage[:2] for stage in at_last] == [["d", "d:0"], ["a", "a:0"]]
+    assert answer["num_recoveries"] == 2
+    assert before[1] == after[1] == at_last[1], "the other stage keeps its process"
+
+
 def test_without_stages_or_plan_a_service_plans_for_what_it_measures(model, tmp_path):
     file = tmp_path / "t.yaml"
     file.write_text("plan: {sequences: 2, context: 128}\n")

@@ -10,7 +10,6 @@ import grpc
 import psutil
 import pytest
 import tiny_models
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from served import Served, save_model, wait_for
 
 from tightfit.client import Client, TightfitRpcError
@@ -38,12 +37,6 @@ def client(served):
 def prompt(length, seed=0):
     generator = random.Random(seed)
     return [generator.randrange(tiny_models.VOCAB) for _ in range(length)]
-
-
-def health_of(target):
-    with grpc.insecure_channel(target) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        return stub.Check(health_pb2.HealthCheckRequest(), timeout=10).status
 
 
 @pytest.mark.parametrize("length", [1, 40, 300])
@@ -136,22 +129,6 @@ def test_sigterm_lets_running_streams_finish(model):
                 tokens += chunk.token_ids
         assert len(tokens) == 300
         assert served.process.wait(timeout=30) == 0
-
-
-def test_a_killed_stage_ends_streams_with_the_reason(model):
-    with Served(model.path, "--format", "fp32", "--stages", "2") as served:
-        victim = served.stage_pids()[1]
-        with Client(served.target, timeout_s=60) as client:
-            stream = client.stream(prompt(10), max_tokens=480, ignore_eos=True)
-            next(stream)
-            os.kill(victim, signal.SIGKILL)
-            with pytest.raises(TightfitRpcError, match="stage 1") as caught:
-                list(stream)
-            assert caught.value.code is grpc.StatusCode.UNAVAILABLE
-            with pytest.raises(TightfitRpcError, match="stage 1"):
-                client.generate("a", max_tokens=1)
-            not_serving = health_pb2.HealthCheckResponse.NOT_SERVING
-            assert wait_for(lambda: health_of(served.target) == not_serving)
 
 
 def run_serve(*flags):

@@ -108,6 +108,38 @@ def test_it_says_what_is_wrong(shown):
     assert browser.problems == []
 
 
+def test_a_recovery_is_seen_while_it_lasts_and_afterwards(shown):
+    made_up = MadeUp(3)
+    browser = shown(made_up)
+    assert browser.wait_for(f"{STAGES} === 3")
+    assert browser.run("document.getElementById('outages').hidden")
+    assert not text(browser, ".spark rect")
+    made_up.outages = [(40.0, 52.0), (100.5, 101.5), (150.0, 9999.0)]
+    assert browser.wait_for("document.getElementById('health').textContent === 'recovering'")
+    assert browser.run("document.getElementById('health').className") == "pill busy"
+    banner = "The service is recovering, and requests wait: stage 1's process ended"
+    assert text(browser, "#banner") == [banner]
+    assert browser.run("document.getElementById('links').classList.contains('still')")
+    assert text(browser, "#age")[0].startswith("epoch 3 · 2 recoveries · ")
+    now, unseen, seen = text(browser, "#outages li")
+    clock = r"^\d\d:\d\d:\d\d"
+    assert re.search(clock + r"lost for \d\d seconds · stage 1's process ended$", now)
+    assert re.search(clock + r"recovered after less than 2 seconds$", unseen)
+    assert re.search(clock + r"recovered after 12 seconds · stage 1's process ended$", seen)
+    widths = browser.run(
+        "[...document.querySelectorAll('.spark rect')].map(e => e.width.baseVal.value)"
+    )
+    assert widths[:2] == [12, 2]
+    assert len(widths) == 3 * 3
+    assert all(width > 0 for width in widths)
+    made_up.outages = [(40.0, 52.0)]
+    assert browser.wait_for("document.getElementById('health').textContent === 'ok'")
+    assert browser.run("document.getElementById('banner').hidden")
+    assert text(browser, "#age")[0].startswith("epoch 2 · 1 recovery · ")
+    assert len(text(browser, "#outages li")) == 1
+    assert browser.problems == []
+
+
 def test_a_name_that_looks_like_html_is_only_text(shown):
     made_up = MadeUp(1)
     made_up.model = "<img src=x onerror=document.title='taken'>"

@@ -74,6 +74,36 @@ def test_a_count_that_began_anew_is_no_negative_rate(server, made_up):
     assert shown["now"]["generated_per_s"] == 0
 
 
+def test_a_recovery_is_in_the_json_with_when_and_how_long_as_far_as_samples_tell(server, made_up):
+    # Seen from beginning to end, and come and gone between two samples.
+    made_up.outages = [(40.0, 52.0), (100.5, 101.5), (130.0, 999.0)]
+    shown = json.loads(ask(server)[1])
+    assert (shown["health"], shown["reason"]) == ("recovering", "stage 1's process ended")
+    assert (shown["recoveries"], shown["epoch"]) == (2, 3)
+    seen, unseen, now = shown["outages"]
+    assert (seen["took_s"], seen["is_over"], seen["bound"]) == (12, True, "about")
+    assert seen["reason"] == "stage 1's process ended"
+    assert seen["ago_s"] == pytest.approx(140, abs=5)
+    assert seen["lost_unix_s"] == pytest.approx(time.time() - 140, abs=6)
+    assert (unseen["took_s"], unseen["bound"], unseen["reason"]) == (2, "at most", "")
+    assert (now["is_over"], now["bound"]) == (False, "about")
+    assert now["took_s"] == pytest.approx(50, abs=5)
+
+
+def test_a_recovery_that_began_before_the_oldest_sample_took_at_least_what_was_seen(
+    server, made_up
+):
+    made_up.outages = [(-1000.0, 30.0)]
+    (outage,) = json.loads(ask(server)[1])["outages"]
+    assert (outage["took_s"], outage["bound"]) == (30, "at least")
+
+
+def test_two_recoveries_with_no_sample_between_them_are_two(server, made_up):
+    made_up.outages = [(40.0, 53.0), (53.5, 61.0)]
+    first, second = json.loads(ask(server)[1])["outages"]
+    assert (first["took_s"], second["took_s"]) == (14, 8)
+
+
 def test_the_page_is_in_one_piece_and_its_policy_allows_nothing_else(server):
     answer, body = ask(server, "/")
     policy = answer.headers["Content-Security-Policy"]

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tightfit.cluster.metrics import HEALTH_STATES
+
 RULES = Path(__file__).resolve().parents[2] / "helm" / "tightfit" / "files" / "rules.yaml"
 L = 'job="gw",namespace="ns",instance="a"'
 STEP_S, STEPS = 30, 160
@@ -35,10 +37,9 @@ def histogram(name, at_most, per_s=2):
 
 
 def health(state):
-    states = ("ok", "idle", "stalled", "failed", "draining")
     return {
         f'tightfit_health_state{{{L},state="{name}"}}': constant(int(name == state))
-        for name in states
+        for name in HEALTH_STATES
     }
 
 
@@ -64,6 +65,7 @@ WELL = {
     f"tightfit_kv_cache_usage_ratio{{{L}}}": constant(0.95),
     f"tightfit_num_preemptions_total{{{L}}}": rising(0.05),
     **health("ok"),
+    f"tightfit_recoveries_total{{{L}}}": f"0+0x80 1+0x{STEPS - 81}",
     **ended("stop", 2),
     **ended("error", 0.01),
     **ended("deadline", 0.05),
@@ -83,6 +85,11 @@ TROUBLE = {
     "TightfitAbsent": {f'tightfit_build_info{{{L},version="1"}}': f"_x{STEPS}"},
     "TightfitFailed": health("failed"),
     "TightfitStalled": health("stalled"),
+    "TightfitRecovering": {
+        **health("recovering"),
+        f"tightfit_stage_status_timestamp_seconds{{{L}}}": constant(1),  # known to be away
+    },
+    "TightfitRecovered": {f"tightfit_recoveries_total{{{L}}}": f"0+0x150 1+0x{STEPS - 151}"},
     "TightfitRestarting": {f"tightfit_start_time_seconds{{{L}}}": " ".join(
         str(i // 15) for i in range(STEPS))},
     "TightfitDraining": health("draining"),

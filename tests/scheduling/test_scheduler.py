@@ -5,6 +5,7 @@ import pytest
 from doubles import Simulation, expected_output, request
 
 from tightfit.cluster.request import FinishReason
+from tightfit.cluster.scheduling.batching import MAX_LOSSES
 
 VOCAB = Simulation.VOCAB
 
@@ -164,6 +165,53 @@ def test_a_lost_cache_is_computed_again_with_the_same_tokens():
     simulation.run()
     for i in range(6):
         assert simulation.outputs[(f"r{i}", 0)] == expected_output(tokens(20, seed=i), 30, VOCAB)
+
+
+def test_a_request_of_which_the_stages_may_die_is_not_tried_for_ever():
+    """Those beside it are, as they get tokens between the losses; and so do those that wait."""
+    simulation = Simulation(max_batch_sequences=2, max_running_sequences=3)
+    simulation.add(request("deadly", tokens(20, seed=1), max_tokens=30))
+    for loss in range(MAX_LOSSES):
+        simulation.add(request(f"beside{loss}", tokens(8, seed=2 + loss), max_tokens=30))
+        assert "deadly" not in {name for name, _ in simulation.ends}
+        simulation.send()
+        simulation.lose_the_stages()
+    end = simulation.ends[("deadly", 0)]
+    assert end.finish_reason is FinishReason.ERROR
+    assert end.error == "the pipeline was lost 3 times in a row while it computed this request"
+    simulation.run()
+    for loss in range(1, MAX_LOSSES):
+        expected = expected_output(tokens(8, seed=2 + loss), 30, Simulation.VOCAB)
+        assert simulation.outputs[(f"beside{loss}", 0)] == expected
+
+
+def test_losses_with_tokens_between_are_not_held_against_a_request():
+    simulation = Simulation()
+    simulation.add(request("a", tokens(20, seed=0), max_tokens=30))
+    for _ in range(4 * MAX_LOSSES):
+        simulation.step()
+        simulation.send()
+        simulation.lose_the_stages()
+    simulation.run()
+    expected = expected_output(tokens(20, seed=0), 30, Simulation.VOCAB)
+    assert simulation.outputs[("a", 0)] == expected
+    assert simulation.ends[("a", 0)].num_restarts == 4 * MAX_LOSSES
+
+
+def test_what_a_smaller_cache_cannot_hold_ends_with_the_reason_and_the_rest_goes_on():
+    simulation = Simulation(num_blocks=64)
+    simulation.add(request("long", tokens(20, seed=0), max_tokens=150))
+    simulation.add(request("short", tokens(20, seed=1), max_tokens=30))
+    for _ in range(5):
+        simulation.step()
+    held = simulation.scheduler.counts().num_prompt_tokens
+    simulation.lose_the_stages(num_blocks=20)
+    assert simulation.ends[("long", 0)].error.startswith("the request may need 170 tokens")
+    assert simulation.scheduler.counts().num_blocks == 20
+    assert held <= simulation.scheduler.counts().num_replayed_tokens < held + 12
+    simulation.run()
+    expected = expected_output(tokens(20, seed=1), 30, Simulation.VOCAB)
+    assert simulation.outputs[("short", 0)] == expected
 
 
 @pytest.mark.parametrize("depth", [1, 2])

@@ -30,8 +30,12 @@ def expected_end(new, max_context):
         output.append(whole[len(output)])
 
 
-def check_outcome(simulation, new):
-    """Every sequence ended once, with what it would have said alone, as far as it came."""
+def check_outcome(simulation, new, max_context):
+    """Every sequence ended once, with what it would have said alone, as far as it came.
+
+    Args:
+        max_context: there was when it came.
+    """
     for index in range(new.sampling.n):
         end = simulation.ends[(new.request_id, index)]
         output = [*new.resume_token_ids, *simulation.outputs[(new.request_id, index)]]
@@ -42,7 +46,7 @@ def check_outcome(simulation, new):
             assert end.scores == (scores if end.finish_reason in own_end else end.scores)
             assert end.scores == scores[: len(end.scores)]
             continue
-        whole, reason = expected_end(new, simulation.config.max_context)
+        whole, reason = expected_end(new, max_context)
         assert output == whole[: len(output)]
         assert end.token_offset == len(output) - (end.token_id is not None)
         if end.finish_reason in own_end:
@@ -55,6 +59,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.requests = {}
+        self.contexts = {}
         self.by_command = set()
 
     @initialize(
@@ -100,6 +105,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             name, prompt, max_tokens=max_tokens, n=n, resume=resume,
             deadline_s=None if deadline is None else self.simulation.now_s + deadline, **more,
         )  # fmt: skip
+        self.contexts[name] = context
         self.simulation.add(new)
 
     @rule()
@@ -138,9 +144,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             is_late = new.deadline_s is not None and new.deadline_s <= self.simulation.now_s
             assert not (is_late and self.simulation.scheduler.has_request(name))
 
-    @rule()
-    def lose_the_stages(self):
-        self.simulation.lose_the_stages()
+    @rule(num_blocks=st.none() | st.integers(3, 20))
+    def lose_the_stages(self, num_blocks):
+        self.simulation.lose_the_stages(num_blocks)
 
     @invariant()
     def nothing_is_lost_or_shared_wrongly(self):
@@ -151,8 +157,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "simulation"):
             return
         self.simulation.run()
-        for new in self.requests.values():
-            check_outcome(self.simulation, new)
+        for name, new in self.requests.items():
+            check_outcome(self.simulation, new, self.contexts[name])
 
 
 SchedulerMachine.TestCase.settings = settings(
@@ -209,7 +215,7 @@ def test_thousands_of_sequences_under_pressure_each_say_what_they_would_have_sai
             simulation.scheduler.check_integrity()
     simulation.run()
     for new in requests:
-        check_outcome(simulation, new)
+        check_outcome(simulation, new, simulation.config.max_context)
     counts = simulation.scheduler.counts()
     assert counts.num_preemptions > 0
     assert counts.num_cached_tokens > 0

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tightfit/v1/cluster.proto\x12\x0btightfit.v1\"\x8c\x05\n\x0bStageMemory\x12\x1e\n\x16predicted_weight_bytes\x18\x01 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x04\x12\x16\n\x0ekv_cache_bytes\x18\x03 \x01(\x04\x12\x17\n\x0fworkspace_bytes\x18\x04 \x01(\x04\x12\x16\n\x0erss_anon_bytes\x18\x05 \x01(\x04\x12\x14\n\x0c\x62udget_bytes\x18\x06 \x01(\x04\x12\x11\n\tgpu_bytes\x18\x07 \x01(\x04\x12!\n\x19predicted_embedding_bytes\x18\x08 \x01(\x04\x12\x17\n\x0f\x65mbedding_bytes\x18\t \x01(\x04\x12\x1c\n\x14predicted_head_bytes\x18\n \x01(\x04\x12\x12\n\nhead_bytes\x18\x0b \x01(\x04\x12 \n\x18predicted_kv_cache_bytes\x18\x0c \x01(\x04\x12\x1c\n\x14predicted_host_bytes\x18\r \x01(\x04\x12\x12\n\nhost_bytes\x18\x0e \x01(\x04\x12%\n\x18measured_workspace_bytes\x18\x0f \x01(\x04H\x00\x88\x01\x01\x12\x1c\n\x14predicted_held_bytes\x18\x10 \x01(\x04\x12\x12\n\nheld_bytes\x18\x11 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x12 \x01(\x04\x12\x16\n\x0e\x62\x61seline_bytes\x18\x13 \x01(\x04\x12\x15\n\rcontext_bytes\x18\x14 \x01(\x04\x12\x1b\n\x0eheadroom_bytes\x18\x15 \x01(\x03H\x01\x88\x01\x01\x12\x11\n\tkv_tokens\x18\x16 \x01(\x04\x12\x13\n\x0b\x64ifferences\x18\x17 \x03(\tB\x1b\n\x19_measured_workspace_bytesB\x11\n\x0f_headroom_bytes\"\x83\x02\n\x05Stage\x12\r\n\x05index\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x02 \x01(\r\x12\x11\n\tend_layer\x18\x03 \x01(\r\x12\x0e\n\x06\x66ormat\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x0f\n\x07node_id\x18\x06 \x01(\t\x12\x0b\n\x03pid\x18\x07 \x01(\r\x12\r\n\x05\x65poch\x18\x08 \x01(\x04\x12\r\n\x05steps\x18\t \x01(\x04\x12\x12\n\nbusy_share\x18\n \x01(\x01\x12(\n\x06memory\x18\x0b \x01(\x0b\x32\x18.tightfit.v1.StageMemory\x12\x11\n\tkv_format\x18\x0c \x01(\t\x12\x16\n\x0eplanned_device\x18\r \x01(\t\"\xb4\x01\n\x04Load\x12\x19\n\x11running_sequences\x18\x01 \x01(\r\x12\x19\n\x11waiting_sequences\x18\x02 \x01(\r\x12\x15\n\rqueued_tokens\x18\x03 \x01(\x04\x12\x11\n\tkv_blocks\x18\x04 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x05 \x01(\r\x12\x13\n\x0bpreemptions\x18\x06 \x01(\x04\x12\x1f\n\x17micro_batches_in_flight\x18\x07 \x01(\r\"\x12\n\x10GetStatusRequest\"\xc0\x01\n\x11GetStatusResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x06health\x18\x02 \x01(\x0e\x32\x13.tightfit.v1.Health\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\"\n\x06stages\x18\x05 \x03(\x0b\x32\x12.tightfit.v1.Stage\x12\x1f\n\x04load\x18\x06 \x01(\x0b\x32\x11.tightfit.v1.Load\x12\x13\n\x0b\x62\x65tter_plan\x18\x07 \x01(\t\"\x10\n\x0eGetPlanRequest\"\x93\x01\n\x0cPlannedStage\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x03 \x01(\r\x12\x11\n\tend_layer\x18\x04 \x01(\r\x12\x0e\n\x06\x66ormat\x18\x05 \x01(\t\x12\x14\n\x0cweight_bytes\x18\x06 \x01(\x04\x12\x16\n\x0eplanned_device\x18\x07 \x01(\t\"<\n\x0fGetPlanResponse\x12)\n\x06stages\x18\x01 \x03(\x0b\x32\x19.tightfit.v1.PlannedStage\"\x0e\n\x0c\x44rainRequest\",\n\rDrainResponse\x12\x1b\n\x13unfinished_requests\x18\x01 \x01(\r*|\n\x06Health\x12\x16\n\x12HEALTH_UNSPECIFIED\x10\x00\x12\r\n\tHEALTH_OK\x10\x01\x12\x0f\n\x0bHEALTH_IDLE\x10\x02\x12\x12\n\x0eHEALTH_STALLED\x10\x03\x12\x11\n\rHEALTH_FAILED\x10\x04\x12\x13\n\x0fHEALTH_DRAINING\x10\x05\x32\xe2\x01\n\x0e\x43lusterService\x12J\n\tGetStatus\x12\x1d.tightfit.v1.GetStatusRequest\x1a\x1e.tightfit.v1.GetStatusResponse\x12\x44\n\x07GetPlan\x12\x1b.tightfit.v1.GetPlanRequest\x1a\x1c.tightfit.v1.GetPlanResponse\x12>\n\x05\x44rain\x12\x19.tightfit.v1.DrainRequest\x1a\x1a.tightfit.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tightfit/v1/cluster.proto\x12\x0btightfit.v1\"\x8c\x05\n\x0bStageMemory\x12\x1e\n\x16predicted_weight_bytes\x18\x01 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x04\x12\x16\n\x0ekv_cache_bytes\x18\x03 \x01(\x04\x12\x17\n\x0fworkspace_bytes\x18\x04 \x01(\x04\x12\x16\n\x0erss_anon_bytes\x18\x05 \x01(\x04\x12\x14\n\x0c\x62udget_bytes\x18\x06 \x01(\x04\x12\x11\n\tgpu_bytes\x18\x07 \x01(\x04\x12!\n\x19predicted_embedding_bytes\x18\x08 \x01(\x04\x12\x17\n\x0f\x65mbedding_bytes\x18\t \x01(\x04\x12\x1c\n\x14predicted_head_bytes\x18\n \x01(\x04\x12\x12\n\nhead_bytes\x18\x0b \x01(\x04\x12 \n\x18predicted_kv_cache_bytes\x18\x0c \x01(\x04\x12\x1c\n\x14predicted_host_bytes\x18\r \x01(\x04\x12\x12\n\nhost_bytes\x18\x0e \x01(\x04\x12%\n\x18measured_workspace_bytes\x18\x0f \x01(\x04H\x00\x88\x01\x01\x12\x1c\n\x14predicted_held_bytes\x18\x10 \x01(\x04\x12\x12\n\nheld_bytes\x18\x11 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x12 \x01(\x04\x12\x16\n\x0e\x62\x61seline_bytes\x18\x13 \x01(\x04\x12\x15\n\rcontext_bytes\x18\x14 \x01(\x04\x12\x1b\n\x0eheadroom_bytes\x18\x15 \x01(\x03H\x01\x88\x01\x01\x12\x11\n\tkv_tokens\x18\x16 \x01(\x04\x12\x13\n\x0b\x64ifferences\x18\x17 \x03(\tB\x1b\n\x19_measured_workspace_bytesB\x11\n\x0f_headroom_bytes\"\x83\x02\n\x05Stage\x12\r\n\x05index\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x02 \x01(\r\x12\x11\n\tend_layer\x18\x03 \x01(\r\x12\x0e\n\x06\x66ormat\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x0f\n\x07node_id\x18\x06 \x01(\t\x12\x0b\n\x03pid\x18\x07 \x01(\r\x12\r\n\x05\x65poch\x18\x08 \x01(\x04\x12\r\n\x05steps\x18\t \x01(\x04\x12\x12\n\nbusy_share\x18\n \x01(\x01\x12(\n\x06memory\x18\x0b \x01(\x0b\x32\x18.tightfit.v1.StageMemory\x12\x11\n\tkv_format\x18\x0c \x01(\t\x12\x16\n\x0eplanned_device\x18\r \x01(\t\"\xb4\x01\n\x04Load\x12\x19\n\x11running_sequences\x18\x01 \x01(\r\x12\x19\n\x11waiting_sequences\x18\x02 \x01(\r\x12\x15\n\rqueued_tokens\x18\x03 \x01(\x04\x12\x11\n\tkv_blocks\x18\x04 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x05 \x01(\r\x12\x13\n\x0bpreemptions\x18\x06 \x01(\x04\x12\x1f\n\x17micro_batches_in_flight\x18\x07 \x01(\r\"\x12\n\x10GetStatusRequest\"\xd8\x01\n\x11GetStatusResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x06health\x18\x02 \x01(\x0e\x32\x13.tightfit.v1.Health\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\"\n\x06stages\x18\x05 \x03(\x0b\x32\x12.tightfit.v1.Stage\x12\x1f\n\x04load\x18\x06 \x01(\x0b\x32\x11.tightfit.v1.Load\x12\x13\n\x0b\x62\x65tter_plan\x18\x07 \x01(\t\x12\x16\n\x0enum_recoveries\x18\x08 \x01(\x04\"\x10\n\x0eGetPlanRequest\"\x93\x01\n\x0cPlannedStage\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x03 \x01(\r\x12\x11\n\tend_layer\x18\x04 \x01(\r\x12\x0e\n\x06\x66ormat\x18\x05 \x01(\t\x12\x14\n\x0cweight_bytes\x18\x06 \x01(\x04\x12\x16\n\x0eplanned_device\x18\x07 \x01(\t\"<\n\x0fGetPlanResponse\x12)\n\x06stages\x18\x01 \x03(\x0b\x32\x19.tightfit.v1.PlannedStage\"\x0e\n\x0c\x44rainRequest\",\n\rDrainResponse\x12\x1b\n\x13unfinished_requests\x18\x01 \x01(\r*\x93\x01\n\x06Health\x12\x16\n\x12HEALTH_UNSPECIFIED\x10\x00\x12\r\n\tHEALTH_OK\x10\x01\x12\x0f\n\x0bHEALTH_IDLE\x10\x02\x12\x12\n\x0eHEALTH_STALLED\x10\x03\x12\x11\n\rHEALTH_FAILED\x10\x04\x12\x13\n\x0fHEALTH_DRAINING\x10\x05\x12\x15\n\x11HEALTH_RECOVERING\x10\x06\x32\xe2\x01\n\x0e\x43lusterService\x12J\n\tGetStatus\x12\x1d.tightfit.v1.GetStatusRequest\x1a\x1e.tightfit.v1.GetStatusResponse\x12\x44\n\x07GetPlan\x12\x1b.tightfit.v1.GetPlanRequest\x1a\x1c.tightfit.v1.GetPlanResponse\x12>\n\x05\x44rain\x12\x19.tightfit.v1.DrainRequest\x1a\x1a.tightfit.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tightfit.v1.cluster_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_HEALTH']._serialized_start=1649
-  _globals['_HEALTH']._serialized_end=1773
+  _globals['_HEALTH']._serialized_start=1674
+  _globals['_HEALTH']._serialized_end=1821
   _globals['_STAGEMEMORY']._serialized_start=43
   _globals['_STAGEMEMORY']._serialized_end=695
   _globals['_STAGE']._serialized_start=698
@@ -42,17 +42,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSTATUSREQUEST']._serialized_start=1142
   _globals['_GETSTATUSREQUEST']._serialized_end=1160
   _globals['_GETSTATUSRESPONSE']._serialized_start=1163
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1355
-  _globals['_GETPLANREQUEST']._serialized_start=1357
-  _globals['_GETPLANREQUEST']._serialized_end=1373
-  _globals['_PLANNEDSTAGE']._serialized_start=1376
-  _globals['_PLANNEDSTAGE']._serialized_end=1523
-  _globals['_GETPLANRESPONSE']._serialized_start=1525
-  _globals['_GETPLANRESPONSE']._serialized_end=1585
-  _globals['_DRAINREQUEST']._serialized_start=1587
-  _globals['_DRAINREQUEST']._serialized_end=1601
-  _globals['_DRAINRESPONSE']._serialized_start=1603
-  _globals['_DRAINRESPONSE']._serialized_end=1647
-  _globals['_CLUSTERSERVICE']._serialized_start=1776
-  _globals['_CLUSTERSERVICE']._serialized_end=2002
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1379
+  _globals['_GETPLANREQUEST']._serialized_start=1381
+  _globals['_GETPLANREQUEST']._serialized_end=1397
+  _globals['_PLANNEDSTAGE']._serialized_start=1400
+  _globals['_PLANNEDSTAGE']._serialized_end=1547
+  _globals['_GETPLANRESPONSE']._serialized_start=1549
+  _globals['_GETPLANRESPONSE']._serialized_end=1609
+  _globals['_DRAINREQUEST']._serialized_start=1611
+  _globals['_DRAINREQUEST']._serialized_end=1625
+  _globals['_DRAINRESPONSE']._serialized_start=1627
+  _globals['_DRAINRESPONSE']._serialized_end=1671
+  _globals['_CLUSTERSERVICE']._serialized_start=1824
+  _globals['_CLUSTERSERVICE']._serialized_end=2050
 # @@protoc_insertion_point(module_scope)

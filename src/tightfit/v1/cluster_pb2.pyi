@@ -34,9 +34,15 @@ class _HealthEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Health.ValueTy
     HEALTH_STALLED: _Health.ValueType  # 3
     """A step has been under way for too long."""
     HEALTH_FAILED: _Health.ValueType  # 4
-    """A stage is lost; reason says which and why."""
+    """A stage is lost, and an attempt to bring it back has failed; reason says which and why. Requests
+    end with UNAVAILABLE. Further attempts follow, with growing pauses between them.
+    """
     HEALTH_DRAINING: _Health.ValueType  # 5
     """No new requests are taken."""
+    HEALTH_RECOVERING: _Health.ValueType  # 6
+    """A stage is lost, and is being brought back; reason says which and why. Requests under way wait,
+    and go on afterwards; new ones are queued.
+    """
 
 class Health(_Health, metaclass=_HealthEnumTypeWrapper):
     """Whether the deployment makes progress."""
@@ -50,9 +56,15 @@ HEALTH_IDLE: Health.ValueType  # 2
 HEALTH_STALLED: Health.ValueType  # 3
 """A step has been under way for too long."""
 HEALTH_FAILED: Health.ValueType  # 4
-"""A stage is lost; reason says which and why."""
+"""A stage is lost, and an attempt to bring it back has failed; reason says which and why. Requests
+end with UNAVAILABLE. Further attempts follow, with growing pauses between them.
+"""
 HEALTH_DRAINING: Health.ValueType  # 5
 """No new requests are taken."""
+HEALTH_RECOVERING: Health.ValueType  # 6
+"""A stage is lost, and is being brought back; reason says which and why. Requests under way wait,
+and go on afterwards; new ones are queued.
+"""
 Global___Health: _TypeAlias = Health  # noqa: Y015
 
 @_typing.final
@@ -336,16 +348,19 @@ class GetStatusResponse(_message.Message):
     STAGES_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     BETTER_PLAN_FIELD_NUMBER: _builtins.int
+    NUM_RECOVERIES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model."""
     health: Global___Health.ValueType
     """Whether it makes progress."""
     reason: _builtins.str
-    """Why it failed; empty otherwise."""
+    """Why it is recovering or failed; empty otherwise."""
     epoch: _builtins.int
     """Generation of the replica; rises at every recovery."""
     better_plan: _builtins.str
     """What a better plan has that has become possible; empty: none is known. A restart takes it."""
+    num_recoveries: _builtins.int
+    """Times that the pipeline was lost and came back, since the service started."""
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Stage]:
         """First to last; empty when they cannot be asked."""
@@ -364,10 +379,11 @@ class GetStatusResponse(_message.Message):
         stages: _abc.Iterable[Global___Stage] | None = ...,
         load: Global___Load | None = ...,
         better_plan: _builtins.str = ...,
+        num_recoveries: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["better_plan", b"better_plan", "epoch", b"epoch", "health", b"health", "load", b"load", "model", b"model", "reason", b"reason", "stages", b"stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["better_plan", b"better_plan", "epoch", b"epoch", "health", b"health", "load", b"load", "model", b"model", "num_recoveries", b"num_recoveries", "reason", b"reason", "stages", b"stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
