@@ -19,6 +19,8 @@ from tightfit.v1 import cluster_pb2
 pytestmark = pytest.mark.slow
 
 FLAGS = ("--format", "fp32", "--stages", "3", "--kv-blocks", "64")
+COUNT = 400
+"""Tokens of a stream, which a kill has to meet."""
 BACK_LIMIT_S = 90.0
 """A stage's process imports torch, on cores that others use."""
 
@@ -81,15 +83,15 @@ def test_every_stream_outlives_the_loss_of_each_stage_with_the_tokens_of_transfo
     with Served(model.path, *flags) as served, Client(served.target, timeout_s=60) as client:
         for lost in range(3):
             before = served.stage_pids()
-            readers = [Reader(served.target, prompt, 300) for prompt in prompts]
+            readers = [Reader(served.target, prompt, COUNT) for prompt in prompts]
             assert wait_for(lambda readers=readers: all(len(r.tokens) > 5 for r in readers))
             os.kill(before[lost], signal.SIGKILL)
             assert wait_for(lambda: health_of(client) == "recovering")
             assert f"stage {lost}'s process ended" in client.status().reason
             assert is_serving(served.target, "liveness")
-            assert all(len(r.tokens) < 300 for r in readers), "the loss came after the end"
+            assert all(len(r.tokens) < COUNT for r in readers), "the loss came after the end"
             for reader in readers:
-                assert reader.join() == model.greedy(reader.prompt, 300)
+                assert reader.join() == model.greedy(reader.prompt, COUNT)
                 assert reader.error is None
             after = served.stage_pids()
             assert [b == a for b, a in zip(before, after, strict=True)] == [
@@ -119,21 +121,21 @@ def test_a_service_that_is_told_to_end_while_a_stage_comes_back_leaves_nothing_b
     model, number, streams_end
 ):
     with Served(model.path, *FLAGS) as served, Client(served.target, timeout_s=60) as client:
-        reader = Reader(served.target, [5, 6, 7], 400)
+        reader = Reader(served.target, [5, 6, 7], COUNT)
         assert wait_for(lambda: len(reader.tokens) > 5)
         os.kill(served.stage_pids()[1], signal.SIGKILL)
         assert wait_for(lambda: health_of(client) == "recovering")
         assert served.stop(number, BACK_LIMIT_S if streams_end else 20) == 0
         tokens = reader.join()
-        assert tokens == model.greedy([5, 6, 7], 400)[: len(tokens)]
-        assert (len(tokens) == 400, reader.error is None) == (streams_end, streams_end)
+        assert tokens == model.greedy([5, 6, 7], COUNT)[: len(tokens)]
+        assert (len(tokens) == COUNT, reader.error is None) == (streams_end, streams_end)
         assert served.left_behind() == []
 
 
 def test_two_stages_lost_at_once_and_one_more_while_they_come_back(model):
     with Served(model.path, *FLAGS) as served, Client(served.target, timeout_s=60) as client:
         pids = served.stage_pids()
-        reader = Reader(served.target, [5, 6, 7], 400, temperature=0.8, seed=3)
+        reader = Reader(served.target, [5, 6, 7], COUNT, temperature=0.8, seed=3)
         assert wait_for(lambda: len(reader.tokens) > 5)
         os.kill(pids[0], signal.SIGKILL)
         os.kill(pids[2], signal.SIGKILL)
@@ -143,7 +145,7 @@ def test_two_stages_lost_at_once_and_one_more_while_they_come_back(model):
         if reader.error is not None:  # the third was lost before the two were back: it is said
             assert "It is not back yet" in str(reader.error)
         assert wait_for(lambda: health_of(client) == "idle", BACK_LIMIT_S)
-        again = client.generate([5, 6, 7], max_tokens=400, temperature=0.8, seed=3)
+        again = client.generate([5, 6, 7], max_tokens=COUNT, temperature=0.8, seed=3)
         assert list(again.token_ids)[: len(tokens)] == tokens
         assert not set(pids) & set(served.stage_pids())
 
@@ -155,12 +157,12 @@ def test_what_cannot_come_back_is_said_and_comes_back_when_it_can(model, tmp_pat
         (path / file.name).write_bytes(file.read_bytes())
     weights, away = path / "model.safetensors", tmp_path / "away"
     with Served(path, *FLAGS) as served, Client(served.target, timeout_s=60) as client:
-        reader = Reader(served.target, [5, 6, 7], 400)
+        reader = Reader(served.target, [5, 6, 7], COUNT)
         assert wait_for(lambda: len(reader.tokens) > 5)
         weights.rename(away)
         os.kill(served.stage_pids()[1], signal.SIGKILL)
         tokens = reader.join()
-        assert tokens == model.greedy([5, 6, 7], 400)[: len(tokens)]
+        assert tokens == model.greedy([5, 6, 7], COUNT)[: len(tokens)]
         assert reader.error.code is grpc.StatusCode.UNAVAILABLE
         assert "It is not back yet" in str(reader.error)
         assert "model" in str(reader.error)
