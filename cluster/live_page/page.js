@@ -8,7 +8,8 @@ const SVG = "http://www.w3.org/2000/svg";
 const find = (id) => document.getElementById(id);
 let drawn = "";          // which stages the cells were made for
 let cells = [];          // by stage
-let token = sessionStorage.getItem("tightfit-token") || "";
+let kept = sessionStorage.getItem("tightfit-token") || "";
+let token = kept;
 
 // -- making elements ----------------------------------------------------------------------------
 
@@ -354,12 +355,16 @@ async function poll() {
       find("health").className = "pill";
       say(find("health"), "locked");
       warn(token ? "This token is not known here, or was revoked." : "");
-      // Only what was refused: when none was sent, the tab may be about to learn one from before a reload.
-      if (token) sessionStorage.removeItem("tightfit-token");
-      token = "";
+      if (token && token === kept) sessionStorage.removeItem("tightfit-token");
+      token = kept = "";
       return;
     }
     if (!answer.ok) throw new Error(`it answered ${answer.status}`);
+    // A refused token is of no use to the page that is loaded next.
+    if (token !== kept) {
+      sessionStorage.setItem("tightfit-token", token);
+      kept = token;
+    }
     show(await answer.json());
   } catch (error) {
     find("main").classList.add("stale");
@@ -374,7 +379,6 @@ find("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   token = find("token").value.trim();
   find("token").value = "";
-  sessionStorage.setItem("tightfit-token", token);
   poll();
 });
 
