@@ -34,7 +34,7 @@ from tightfit.cluster.pipeline import LinkedStages, Pipeline
 from tightfit.cluster.placement import Place, Placement
 from tightfit.cluster.progress import LoadView
 from tightfit.cluster.ray_session import RayOptions, RaySession
-from tightfit.cluster.relocation import relocate
+from tightfit.cluster.relocation import is_there, relocate
 from tightfit.cluster.replanning import PlanWatch, better_plan
 from tightfit.cluster.scheduling.batching import Scheduler, SchedulerConfig
 from tightfit.cluster.supervisor import FIRST_EPOCH, Supervisor
@@ -79,22 +79,37 @@ def ray_options(config: ServeConfig) -> RayOptions:
 def start_replica(
     session: RaySession,
     arrangement: Arrangement,
-    on_lost: Callable[[str, int], None],
+    supervisor: Supervisor,
     cleanup: ExitStack,
     *,
+    turn: PlanningTurn,
     check: Callable[[], None],
 ) -> Replica:
-    """Place, load and wire the stages; `cleanup` ends them, `check` may raise to end the load."""
+    """Place, load and wire the stages.
+
+    Args:
+        session: connected.
+        arrangement: of the stages.
+        supervisor: hears of those that are lost.
+        cleanup: ends them.
+        turn: taken where a stage has to move, given back by who lets it.
+        check: may raise to end the load.
+    """
     specs = arrangement.specs
     plan = arrangement.placement.plan
 
     def moved(
         index: int, specs: Sequence[StageSpec], places: Sequence[Place]
     ) -> tuple[StageSpec, Place]:
+        if is_there(specs[index], places, alive_nodes()):
+            return specs[index], places[index]
         assert plan is not None, "only stages with places are moved"
+        turn.take(supervisor.check)
         return relocate(plan, specs[index], places, alive_nodes())
 
-    group = StageGroup(session, specs, places=arrangement.places, on_lost=on_lost, relocate=moved)
+    group = StageGroup(
+        session, specs, places=arrangement.places, on_lost=supervisor.lost, relocate=moved
+    )
     cleanup.callback(group.close)
     group.place()
     labels = [f"stage {spec.stage_index}" for spec in specs]
@@ -207,11 +222,11 @@ def serve(config: ServeConfig, plan_config: PlanConfig | None = None) -> int:
         supervisor = Supervisor()
         interrupts.check()
         replica = start_replica(
-            session, arrangement, supervisor.lost, cleanup, check=interrupts.check
+            session, arrangement, supervisor, cleanup, turn=turn, check=interrupts.check
         )
         turn.release()
         engine = make_engine(placement, model, replica, tokenizer.result(), metrics)
-        supervise(supervisor, engine, replica, config)
+        supervise(supervisor, engine, replica, config, turn)
         cleanup.callback(supervisor.close)
         show(config, engine, metrics, registry, cleanup)
         watch = watch_plan(arrangement, replica.group, engine, cpu_budget_bytes=budget)
@@ -226,14 +241,22 @@ def serve(config: ServeConfig, plan_config: PlanConfig | None = None) -> int:
 
 
 def supervise(
-    supervisor: Supervisor, engine: Engine, replica: Replica, config: ServeConfig
+    supervisor: Supervisor,
+    engine: Engine,
+    replica: Replica,
+    config: ServeConfig,
+    turn: PlanningTurn,
 ) -> None:
-    """Let a lost pipeline be brought back: of its stages those that are lost start anew."""
+    """Let a lost pipeline be brought back: of its stages those that are lost start anew. One that
+    moves does so in this service's turn to plan: others would take the same device."""
 
     def bring_back(epoch: int) -> int:
-        statuses = replica.group.recover(
-            epoch=epoch, timeout_s=config.load_timeout_s, check=supervisor.check
-        )
+        try:
+            statuses = replica.group.recover(
+                epoch=epoch, timeout_s=config.load_timeout_s, check=supervisor.check
+            )
+        finally:
+            turn.release()
         return common_blocks(statuses)
 
     supervisor.start(engine, bring_back)

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from tightfit.cluster.deployment_status import DeploymentStatus, ModelInfo
 from tightfit.cluster.errors import InvalidRequestError, UnavailableError
@@ -221,6 +222,9 @@ class Engine:
             )
             for stream in open_streams:
                 stream.recoveries.append(recovery)
+            self.model_info = replace(
+                self.model_info, max_context_tokens=self._scheduler.config.max_context
+            )
             self._pipeline.begin_epoch(epoch)
             self._num_recoveries += 1
             self._failure, self._loss = "", None

@@ -38,6 +38,31 @@ Look = Callable[
 ]
 
 
+def is_there(
+    spec: StageSpec, places: Sequence[Place], nodes: Sequence[Node], look: Look = look_at_nodes
+) -> bool:
+    """The device that a stage was on can be used.
+
+    Args:
+        spec: of the stage.
+        places: of all stages of its service.
+        nodes: of the cluster, alive.
+        look: at the devices of nodes; see `look_at_nodes`.
+    """
+    own = places[spec.stage_index]
+    here = [node for node in nodes if node.ray_id == own.ray_node_id]
+    if not here or own.gpu_uuid is None:
+        return bool(here)
+    (present,) = look(here, frozenset({"gpu"}), _held_by_others(spec, places)).values()
+    return any(device.uuid == own.gpu_uuid for device in present)
+
+
+def _held_by_others(spec: StageSpec, places: Sequence[Place]) -> frozenset[str]:
+    """GPUs of the service's other stages."""
+    others = (place for index, place in enumerate(places) if index != spec.stage_index)
+    return frozenset(place.gpu_uuid for place in others if place.gpu_uuid is not None)
+
+
 def relocate(
     plan: Plan,
     spec: StageSpec,
@@ -45,7 +70,7 @@ def relocate(
     nodes: Sequence[Node],
     look: Look = look_at_nodes,
 ) -> tuple[StageSpec, Place]:
-    """The stage where it was, if its device is still there, else on another.
+    """The stage on another device than its own, which is gone.
 
     Args:
         plan: that is served.
@@ -57,19 +82,9 @@ def relocate(
     Raises:
         PlacementError: none has the room; each is named with what it has.
     """
-    own = places[spec.stage_index]
     kind = plan.stages[spec.stage_index].kind
-    others = (place for index, place in enumerate(places) if index != spec.stage_index)
-    held = frozenset(place.gpu_uuid for place in others if place.gpu_uuid is not None)
-    here = [node for node in nodes if node.ray_id == own.ray_node_id]
-    if here and own.gpu_uuid is None:
-        return spec, own
-    if here:
-        (present,) = look(here, frozenset({kind}), held).values()
-        if any(device.uuid == own.gpu_uuid for device in present):
-            return spec, own
     roomy = [node for node in nodes if node.has_room(kind)]
-    return choose(plan, spec, roomy, look(roomy, frozenset({kind}), held))
+    return choose(plan, spec, roomy, look(roomy, frozenset({kind}), _held_by_others(spec, places)))
 
 
 def choose(

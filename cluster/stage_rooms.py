@@ -21,7 +21,7 @@ from tightfit.workers.logs import log_environment
 log = logging.getLogger(__name__)
 
 Relocate = Callable[[int, Sequence[StageSpec], Sequence[Place]], tuple[StageSpec, Place]]
-"""(which stage, specs and places of all) → where it is to start anew."""
+"""(which stage, specs and places of all) → where it is to start anew; the same place: there."""
 
 NODE_ID_LABEL = "ray.io/node-id"
 """That Ray gives each node."""

@@ -44,12 +44,13 @@ class PlanningTurn:
 
     def take(self, check: Callable[[], None]) -> None:
         """Wait for it, for as long as others have it: each is bounded by its own limits of time.
+        Nothing where it is ours already.
 
         Args:
             check: called every second of the wait; may raise to end it.
         """
         waits_for = None
-        while not self._taken():
+        while self._actor is None and not self._taken():
             holder = _present_holder()
             if holder is not None and holder != waits_for:
                 waits_for = holder

@@ -7,7 +7,7 @@ from test_placement import MIB, NODES, device, gpu, host, plan_for, serve
 
 from tightfit.cluster.errors import PlacementError
 from tightfit.cluster.placement import Place, place_on_devices
-from tightfit.cluster.relocation import relocate
+from tightfit.cluster.relocation import is_there, relocate
 
 
 def node(name, **changes):
@@ -42,13 +42,14 @@ def gpus():
     return plan, *place_on_devices(serve(plan), NODES, now)
 
 
-def test_a_stage_whose_device_is_there_stays(hosts, gpus):
-    plan, specs, places = hosts
-    busy = [node("a", free_cpus=0), node("b", free_cpus=0)]
-    assert relocate(plan, specs[1], places, busy, looking()) == (specs[1], places[1])
-    plan, specs, places = gpus
-    full = looking(a=[gpu(0), gpu(1), gpu(2, free=0)])
-    assert relocate(plan, specs[0], places, [node("a")], full) == (specs[0], places[0])
+def test_a_device_is_there_if_its_node_is_and_a_gpu_by_its_uuid(hosts, gpus):
+    _, specs, places = hosts
+    assert is_there(specs[1], places, [node("a", free_cpus=0), node("b", free_cpus=0)], looking())
+    assert not is_there(specs[1], places, [node("a")], looking())
+    _, specs, places = gpus
+    assert is_there(specs[0], places, [node("a")], looking(a=[gpu(0), gpu(1), gpu(2, free=0)]))
+    assert not is_there(specs[0], places, [node("a")], looking(a=[gpu(0), gpu(1)]))
+    assert not is_there(specs[0], places, [node("b")], looking(b=[gpu(2)]))
 
 
 def test_a_stage_whose_node_is_gone_goes_where_most_room_is(hosts):

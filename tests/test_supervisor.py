@@ -251,6 +251,8 @@ async def test_a_smaller_cache_afterwards_ends_what_it_cannot_hold_and_serves_th
         with pytest.raises(grpc.aio.AioRpcError, match="may need 150 tokens of KV cache"):
             await read(long)
         assert await short == {0: expected([6], 20)}
+        served = await stubs.inference.GetModel(inference_pb2.GetModelRequest())
+        assert served.max_context_tokens == 120
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await read(stubs.inference.GenerateStream(ask([5] * 130)))
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT

@@ -34,6 +34,7 @@ from tightfit.cluster.ray_session import RaySession  # noqa: E402
 from tightfit.cluster.request import Request, SamplingParams  # noqa: E402
 from tightfit.cluster.supervisor import Supervisor  # noqa: E402
 from tightfit.cluster.tokenizer import load_tokenizer  # noqa: E402
+from tightfit.cluster.turn import PlanningTurn  # noqa: E402
 
 LIMIT_S = 90.0
 
@@ -132,13 +133,16 @@ def main(path: str, plan: str, length: int, count: int) -> None:
         cleanup.callback(session.close)
         arrangement = arrange(session, config, model, early, None)
         nodes["c"] = cluster.add_node(num_cpus=2, labels={NODE_LABEL: "c"})
-        supervisor = Supervisor()
-        replica = start_replica(session, arrangement, supervisor.lost, cleanup, check=lambda: None)
+        supervisor, turn = Supervisor(), PlanningTurn("m")
+        cleanup.callback(turn.release)
+        replica = start_replica(
+            session, arrangement, supervisor, cleanup, turn=turn, check=lambda: None
+        )
         metrics = Metrics(CollectorRegistry(), num_stages=2)
         engine = make_engine(
             arrangement.placement, model, replica, load_tokenizer(model.path), metrics
         )
-        supervise(supervisor, engine, replica, arrangement.config)
+        supervise(supervisor, engine, replica, arrangement.config, turn)
         cleanup.callback(engine.stop)
         cleanup.callback(supervisor.close)
         story = Story(cluster, nodes, engine, tuple(range(length)), count)

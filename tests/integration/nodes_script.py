@@ -35,7 +35,9 @@ from tightfit.cluster.model import describe_model  # noqa: E402
 from tightfit.cluster.ray_authentication import answers_anyone  # noqa: E402
 from tightfit.cluster.ray_session import RaySession  # noqa: E402
 from tightfit.cluster.request import Request, SamplingParams  # noqa: E402
+from tightfit.cluster.supervisor import Supervisor  # noqa: E402
 from tightfit.cluster.tokenizer import load_tokenizer  # noqa: E402
+from tightfit.cluster.turn import PlanningTurn  # noqa: E402
 from tightfit.workers.api import MicroBatch, SequenceSlice  # noqa: E402
 from tightfit.workers.link import StepMessage  # noqa: E402
 from tightfit.workers.link_keys import LinkKeys  # noqa: E402
@@ -115,7 +117,10 @@ def main(path: str, length: int) -> None:
         session = RaySession(ray_options(early.config))
         cleanup.callback(session.close)
         arrangement = arrange(session, config, model, early, None)
-        replica = start_replica(session, arrangement, print, cleanup, check=lambda: None)
+        replica = start_replica(
+            session, arrangement, Supervisor(), cleanup, turn=PlanningTurn("m"),
+            check=lambda: None,
+        )  # fmt: skip
         metrics = Metrics(CollectorRegistry(), num_stages=2)
         tokenizer = load_tokenizer(model.path)
         engine = make_engine(arrangement.placement, model, replica, tokenizer, metrics)

@@ -29,8 +29,10 @@ from tightfit.cluster.model import describe_model  # noqa: E402
 from tightfit.cluster.nodes import NODE_LABEL, alive_nodes, slowest_link  # noqa: E402
 from tightfit.cluster.ray_session import RaySession  # noqa: E402
 from tightfit.cluster.request import Request, SamplingParams  # noqa: E402
+from tightfit.cluster.supervisor import Supervisor  # noqa: E402
 from tightfit.cluster.surroundings import Surroundings  # noqa: E402
 from tightfit.cluster.tokenizer import load_tokenizer  # noqa: E402
+from tightfit.cluster.turn import PlanningTurn  # noqa: E402
 
 
 async def generate(engine, prompt):
@@ -56,7 +58,10 @@ def main(path: str, plan: str, length: int) -> None:
         cleanup.callback(session.close)
         arrangement = arrange(session, config, model, early, None)
         with ExitStack() as serving:
-            replica = start_replica(session, arrangement, print, serving, check=lambda: None)
+            replica = start_replica(
+                session, arrangement, Supervisor(), serving, turn=PlanningTurn("m"),
+                check=lambda: None,
+            )  # fmt: skip
             metrics = Metrics(CollectorRegistry(), num_stages=2)
             engine = make_engine(
                 arrangement.placement, model, replica, load_tokenizer(model.path), metrics
