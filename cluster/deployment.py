@@ -188,9 +188,7 @@ def serve(config: ServeConfig, plan_config: PlanConfig | None = None) -> int:
         plan_config: how to plan, where neither a plan nor a number of stages is given.
 
     Raises:
-        TightfitError, WorkerError: it could not start, or the pipeline was lost; everything that
-        was started
-            has been ended.
+        TightfitError, WorkerError: it could not start; everything that was started has been ended.
     """
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with ExitStack() as cleanup, Interrupts() as interrupts:

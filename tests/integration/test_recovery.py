@@ -120,12 +120,13 @@ def test_every_stream_outlives_the_loss_of_each_stage_with_the_tokens_of_transfo
 def test_a_service_that_is_told_to_end_while_a_stage_comes_back_leaves_nothing_behind(
     model, number, streams_end
 ):
-    with Served(model.path, *FLAGS) as served, Client(served.target, timeout_s=60) as client:
+    flags = (*FLAGS, "--drain-grace-s", str(BACK_LIMIT_S))
+    with Served(model.path, *flags) as served, Client(served.target, timeout_s=60) as client:
         reader = Reader(served.target, [5, 6, 7], COUNT)
         assert wait_for(lambda: len(reader.tokens) > 5)
         os.kill(served.stage_pids()[1], signal.SIGKILL)
         assert wait_for(lambda: health_of(client) == "recovering")
-        assert served.stop(number, BACK_LIMIT_S if streams_end else 20) == 0
+        assert served.stop(number, BACK_LIMIT_S + 20 if streams_end else 20) == 0
         tokens = reader.join()
         assert tokens == model.greedy([5, 6, 7], COUNT)[: len(tokens)]
         assert (len(tokens) == COUNT, reader.error is None) == (streams_end, streams_end)
