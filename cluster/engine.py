@@ -17,7 +17,7 @@ from tightfit.cluster.deployment_status import DeploymentStatus, ModelInfo
 from tightfit.cluster.errors import InvalidRequestError, UnavailableError
 from tightfit.cluster.metrics import Metrics
 from tightfit.cluster.pipeline import Completed, Pipeline
-from tightfit.cluster.request import FinishReason, Recovery, Request, StepTiming, TokenEvent
+from tightfit.cluster.request import FinishReason, Loss, Recovery, Request, StepTiming, TokenEvent
 from tightfit.cluster.request_stream import RequestStream
 from tightfit.cluster.scheduling.batching import Scheduler
 from tightfit.workers.api import StageStatus
@@ -72,7 +72,7 @@ class Engine:
         self._streams: dict[str, RequestStream] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failure = ""
-        self._loss: tuple[str, float] | None = None  # why and when the pipeline was lost
+        self._loss: Loss | None = None
         self._on_lost: Callable[[str, int], None] | None = None
         self._num_recoveries = 0
         self._draining = False
@@ -104,6 +104,7 @@ class Engine:
             )
         stream = RequestStream(self, request)
         with self._lock:
+            stream.loss = self._loss
             # Here, not before: nobody would end what is added after `fail` has ended all there was.
             if self._failure:
                 raise UnavailableError(self._failure)
@@ -190,7 +191,9 @@ class Engine:
             if self._loss is None and not self._stopping.is_set():
                 log.warning("the pipeline is lost: %s", reason)
                 self._may_go_on.clear()
-                self._loss = (reason, time.monotonic())
+                self._loss = Loss(reason=reason, lost_s=time.monotonic())
+                for stream in list(self._streams.values()):
+                    stream.loss = self._loss
         self._pipeline.wake()
 
     def wait_parked(self, timeout_s: float) -> bool:
@@ -209,19 +212,20 @@ class Engine:
         with self._lock:
             if self._loss is None or self._stopping.is_set():
                 return None
-            reason, lost_s = self._loss
+            loss = self._loss
             before = self._scheduler.counts().num_replayed_tokens
             open_streams = list(self._streams.values())
             news = self._addressed(self._scheduler.reset_in_flight(num_blocks))
             recovery = Recovery(
                 epoch=epoch,
-                reason=reason,
-                lost_s=lost_s,
+                reason=loss.reason,
+                lost_s=loss.lost_s,
                 resumed_s=time.monotonic(),
                 num_replayed_tokens=self._scheduler.counts().num_replayed_tokens - before,
             )
             for stream in open_streams:
                 stream.recoveries.append(recovery)
+                stream.loss = None
             self.model_info = replace(
                 self.model_info, max_context_tokens=self._scheduler.config.max_context
             )
@@ -260,7 +264,7 @@ class Engine:
             loss, failure = self._loss, self._failure
         if not failure:
             return self.health == "stalled"
-        return loss is None or time.monotonic() - loss[1] > RESTART_AFTER_S
+        return loss is None or time.monotonic() - loss.lost_s > RESTART_AFTER_S
 
     def status(self) -> DeploymentStatus:
         """A snapshot; asks the stages, so it can take some milliseconds."""
@@ -270,7 +274,7 @@ class Engine:
         return DeploymentStatus(
             model=self.model_info,
             health=health,
-            reason=failure or (loss[0] if loss else ""),
+            reason=failure or (loss.reason if loss else ""),
             epoch=self._pipeline.epoch,
             num_in_flight=self._pipeline.num_in_flight,
             counts=counts,

@@ -108,6 +108,15 @@ class StepTiming:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """The pipeline is lost."""
+
+    reason: str
+    lost_s: float
+    """time.monotonic when that was noticed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recovery:
     """The pipeline was lost, and came back."""
 
@@ -144,6 +153,8 @@ class RequestRecord:
     """When one of its sequences went on after it had been computed anew."""
     recoveries: tuple[Recovery, ...] = ()
     """Of the pipeline, while it was under way."""
+    loss: Loss | None = None
+    """Of the pipeline, from which it had not come back when the request ended."""
     num_prompt_tokens: int
     num_cached_tokens: int
     """Prompt tokens whose KV came from the prefix cache."""

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from tightfit.cluster.request import FinishReason, Recovery, Request, StepTiming, TokenEvent
+from tightfit.cluster.request import FinishReason, Loss, Recovery, Request, StepTiming, TokenEvent
 
 
 class Ends(Protocol):
@@ -32,6 +32,8 @@ class RequestStream:
         """Its first steps through the stages, if the engine was told to note any."""
         self.recoveries: list[Recovery] = []
         """Of the pipeline, while the request was under way."""
+        self.loss: Loss | None = None
+        """Of the pipeline, from which it has not come back."""
 
     @property
     def request_id(self) -> str:

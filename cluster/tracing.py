@@ -163,6 +163,8 @@ def _events(record: RequestRecord) -> list[tuple[str, float, EventAttributes]]:
         *(("recomputed", at_s, {}) for at_s in record.recomputed_s),
         *(event for recovery in record.recoveries for event in _recovery_events(recovery)),
     ]
+    if record.loss is not None:
+        times.append(("lost", record.loss.lost_s, {"tightfit.reason": record.loss.reason}))
     known = [(name, at_s, of_event) for name, at_s, of_event in times if at_s is not None]
     return sorted(known, key=lambda event: event[1])
 

@@ -76,7 +76,7 @@ class FakeStream:
         self.queue = asyncio.Queue()
         self.unfinished = request.sampling.n
         self.ended = [False] * request.sampling.n
-        self.steps, self.recoveries = [], []
+        self.steps, self.recoveries, self.loss = [], [], None
 
     def push(self, event):
         self.queue.put_nowait(event)

@@ -202,6 +202,28 @@ async def test_the_trace_of_a_recovery_says_the_same_as_its_metrics():
 
 
 @in_loop
+async def test_a_request_that_a_loss_ends_has_it_in_its_span():
+    traced = Traced()
+    async with real_gateway(tracer=traced.tracing, delay_s=0.005) as (gateway, stubs):
+        running = stubs.inference.GenerateStream(wanted(40))
+        chunks = aiter(running)
+        await anext(chunks)
+        gateway.engine.suspend("stage 1 is gone")
+        queued = stubs.inference.GenerateStream(wanted(40))
+        assert await until(lambda: gateway.engine.num_unfinished == 2)
+        gateway.engine.fail("stage 1 is gone. It is not back yet")
+        for call in (chunks, aiter(queued)):
+            with pytest.raises(grpc.aio.AioRpcError):
+                async for _ in call:
+                    pass
+    for span in traced.spans():
+        (lost,) = (event for event in span.events if event.name == "lost")
+        assert dict(lost.attributes) == {"tightfit.reason": "stage 1 is gone"}
+        assert span.status.description == "error"
+    assert len(traced.spans()) == 2
+
+
+@in_loop
 async def test_steps_get_a_span_for_each_stage_only_when_asked_and_no_more_than_asked():
     for num_steps in (0, 4):
         traced = Traced()

@@ -89,7 +89,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     logprobs=event.scores,
                 )
             finally:
-                watch.ended(reason or leaving.reason, events.steps, events.recoveries)
+                watch.ended(reason or leaving.reason, events)
 
         return await unary(context, work)
 
@@ -147,7 +147,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 charge(len(chunk.token_ids))
                 yield chunk
         finally:
-            watch.ended(generation.reason or leaving.reason, events.steps, events.recoveries)
+            watch.ended(generation.reason or leaving.reason, events)
 
     def _watch(self, method: str, context: Context) -> RequestWatch:
         metadata = context.invocation_metadata() or ()

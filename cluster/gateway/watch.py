@@ -13,14 +13,8 @@ from dataclasses import replace
 from typing import Protocol
 
 from tightfit.cluster.metrics import Metrics
-from tightfit.cluster.request import (
-    FinishReason,
-    Recovery,
-    Request,
-    RequestRecord,
-    StepTiming,
-    TokenEvent,
-)
+from tightfit.cluster.request import FinishReason, Request, RequestRecord, StepTiming, TokenEvent
+from tightfit.cluster.request_stream import RequestStream
 from tightfit.cluster.security.caller import current_caller
 
 log = logging.getLogger("tightfit.request")
@@ -115,18 +109,12 @@ class RequestWatch:
         fields = {"method": self._method, "status": status, "client": _client()}
         log.info("refused", extra={name: value for name, value in fields.items() if value})
 
-    def ended(
-        self,
-        reason: FinishReason,
-        steps: Sequence[StepTiming],
-        recoveries: Sequence[Recovery],
-    ) -> None:
+    def ended(self, reason: FinishReason, events: RequestStream) -> None:
         """It was queued, and has ended.
 
         Args:
             reason: why.
-            steps: those to show in its trace.
-            recoveries: of the pipeline, while it was under way.
+            events: of it, which know its steps and what befell the pipeline meanwhile.
         """
         request = self._request
         assert request is not None, "only what was queued can end"
@@ -145,11 +133,12 @@ class RequestWatch:
             num_generated_tokens=self._num_generated,
             num_sequences=request.sampling.n,
             recomputed_s=tuple(self._recomputed_s),
-            recoveries=tuple(recoveries),
+            recoveries=tuple(events.recoveries),
+            loss=events.loss,
             client=_client(),
         )
         if self._tracer is not None:
-            trace_id = self._tracer.export(record, self._metadata, steps)
+            trace_id = self._tracer.export(record, self._metadata, events.steps)
             record = replace(record, trace_id=trace_id)
         self._metrics.count_finished(record)
         if log.isEnabledFor(logging.INFO):
