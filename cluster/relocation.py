@@ -41,7 +41,8 @@ Look = Callable[
 def is_there(
     spec: StageSpec, places: Sequence[Place], nodes: Sequence[Node], look: Look = look_at_nodes
 ) -> bool:
-    """The device that a stage was on can be used.
+    """The device that a stage was on can be used. It cannot where its node does not answer: one may
+    be dead before Ray knows it.
 
     Args:
         spec: of the stage.
@@ -53,7 +54,10 @@ def is_there(
     here = [node for node in nodes if node.ray_id == own.ray_node_id]
     if not here or own.gpu_uuid is None:
         return bool(here)
-    (present,) = look(here, frozenset({"gpu"}), _held_by_others(spec, places)).values()
+    try:
+        (present,) = look(here, frozenset({"gpu"}), _held_by_others(spec, places)).values()
+    except PlacementError:
+        return False
     return any(device.uuid == own.gpu_uuid for device in present)
 
 

@@ -26,6 +26,10 @@ def looking(**devices):
     return look
 
 
+def no_answer(nodes, kinds, held):
+    raise PlacementError("node a was lost while it measured")
+
+
 @pytest.fixture
 def hosts():
     """Plan, specs and places of a stage on host a and one on host b."""
@@ -50,6 +54,7 @@ def test_a_device_is_there_if_its_node_is_and_a_gpu_by_its_uuid(hosts, gpus):
     assert is_there(specs[0], places, [node("a")], looking(a=[gpu(0), gpu(1), gpu(2, free=0)]))
     assert not is_there(specs[0], places, [node("a")], looking(a=[gpu(0), gpu(1)]))
     assert not is_there(specs[0], places, [node("b")], looking(b=[gpu(2)]))
+    assert not is_there(specs[0], places, [node("a")], no_answer)
 
 
 def test_a_stage_whose_node_is_gone_goes_where_most_room_is(hosts):
