@@ -239,11 +239,6 @@ class Engine:
         return recovery
 
     @property
-    def failure(self) -> str:
-        """Why the pipeline can no longer serve; empty while it can."""
-        return self._failure
-
-    @property
     def health(self) -> str:
         """ "failed", "recovering", "stalled", "draining", "ok" (a step is under way) or "idle"."""
         if self._failure:

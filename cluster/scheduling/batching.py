@@ -426,18 +426,15 @@ class Scheduler:
             if sequence.num_scheduled > sequence.num_applied:
                 sequence.note_loss()
             self._step_back(sequence)
-        if num_blocks in (None, self.config.num_blocks):
-            self._blocks.forget_contents()
-        else:
+        if num_blocks is not None:
             self.config = replace(self.config, num_blocks=num_blocks)
-            self._blocks = KVBlocks(num_blocks)
-        return [
-            event
-            for request_id, siblings in list(self._requests.items())
-            for error in [self._why_not_again(siblings)]
-            if error
-            for event in self.cancel(request_id, FinishReason.ERROR, error)
-        ]
+        self._blocks = KVBlocks(self.config.num_blocks)
+        events = []
+        for request_id, siblings in list(self._requests.items()):
+            error = self._why_not_again(siblings)
+            if error:
+                events += self.cancel(request_id, FinishReason.ERROR, error)
+        return events
 
     def _why_not_again(self, siblings: list[Sequence]) -> str:
         """Why a request is not to be computed again; empty: it is."""

@@ -105,14 +105,6 @@ class KVBlocks:
                 else:
                     self._cached[block] = None
 
-    def forget_contents(self) -> None:
-        """Drop every digest: the stages' caches no longer hold what was written."""
-        for block in range(self.num_blocks):
-            self._forget(block)
-        for block in self._cached:
-            heapq.heappush(self._free, block)
-        self._cached.clear()
-
     def check_integrity(self, tables: Sequence[Sequence[int]]) -> None:
         """Assert that ownership is exactly what these block tables say, and nothing is lost."""
         owners = [0] * self.num_blocks
