@@ -92,7 +92,7 @@ def start_replica(
         arrangement: of the stages.
         supervisor: hears of those that are lost.
         cleanup: ends them.
-        turn: taken where a stage has to move, given back by who lets it.
+        turn: taken where a stage has to move; `supervise` gives it back.
         check: may raise to end the load.
     """
     specs = arrangement.specs

@@ -263,6 +263,8 @@ class StageGroup:
             lost = [
                 index for index, sign in signs.items() if not self._is_up(index, sign, deadline)
             ]
+            if lost:
+                time.sleep(RESTART_PAUSE_S)
 
     def _is_up(self, index: int, sign: Any, deadline: float) -> bool:
         """A stage's process answers; False: it has ended, and may be started again."""
@@ -271,7 +273,6 @@ class StageGroup:
         except UnavailableError:
             if time.monotonic() + RESTART_PAUSE_S > deadline:
                 raise
-            time.sleep(RESTART_PAUSE_S)
             return False
         return True
 
